@@ -1,0 +1,1 @@
+"""Everything that scores a model against real data: fidelity, utility, attacks."""

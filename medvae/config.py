@@ -1,0 +1,168 @@
+"""All defaults, once: frozen pydantic models. None means 'chosen by the rule from public numbers' (train/rule.py)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from medvae.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Frozen(BaseModel):
+    """A config: unknown keys are refused, and a change is a new value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IngestConfig(Frozen):
+    """How real scans become a cohort store. Constants only: nothing is estimated over the cohort."""
+
+    shape: tuple[Count, ...] | None = None
+    spacing_mm: tuple[Positive, ...] | None = None
+    labels: Path | None = None
+    conditions: tuple[str, ...] = ()
+    intensity: Literal["auto", "window", "percentile"] = "auto"
+    intensity_low: float | None = None
+    intensity_high: float | None = None
+    holdout: Annotated[float, Field(ge=0, lt=0.9)] = 0.2
+    split_seed: int = 0
+    max_scans_per_patient: Count = 16
+    slice_gap: Literal["refuse", "skip"] = "refuse"
+
+    @field_validator("shape")
+    @classmethod
+    def _two_or_three(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and len(value) not in (2, 3):
+            raise ValueError("shape needs 2 or 3 numbers")
+        return value
+
+
+class ModelConfig(Frozen):
+    """The conditional VAE."""
+
+    latent_dim: Count | None = None
+    channels: tuple[Count, ...] | None = None
+    residual_units: Annotated[int, Field(ge=0)] = 1
+    norm_groups: Count = 4
+    likelihood: Literal["gaussian", "laplace", "bernoulli", "discretised_logistic"] = "gaussian"
+    beta: Positive = 1.0
+    scale: Positive = 0.1
+    mask_weight: Positive = 1.0
+
+
+class MomentsConfig(Frozen):
+    """The closed-form stage: noisy moments by class and covariate, the optimum of a linear conditional VAE."""
+
+    enabled: bool = True
+    share: Share | None = None
+    basis_shape: tuple[Count, ...] | None = None
+    components: Count | None = None
+    mixtures: Count | None = None
+
+
+class DpSgdConfig(Frozen):
+    """DP-SGD by patient."""
+
+    enabled: bool = True
+    steps: Count | None = None
+    sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_grad_norm: Positive = 1.0
+    learning_rate: Positive | None = None
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    scans_per_patient: Count = 4
+    grad_sampler: Literal["functorch"] = "functorch"
+    checkpoint_every: Count = 25
+
+
+class Recipe(Frozen):
+    """A pipeline YAML: what a user copies and edits."""
+
+    name: str = "default"
+    model: ModelConfig = ModelConfig()
+    moments: MomentsConfig = MomentsConfig()
+    dpsgd: DpSgdConfig = DpSgdConfig()
+
+    @model_validator(mode="after")
+    def _some_stage(self) -> Recipe:
+        if not (self.moments.enabled or self.dpsgd.enabled):
+            raise ValueError("every stage is switched off: enable moments or dpsgd")
+        return self
+
+
+class TrainConfig(Frozen):
+    """One training run."""
+
+    dp_epsilon: float
+    dp_delta: Probability | None = None
+    recipe: Recipe = Recipe()
+    seed: int = 0
+    threads: Count | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    noise_source: Literal["os_entropy", "seeded"] = "os_entropy"
+
+    @field_validator("dp_epsilon")
+    @classmethod
+    def _epsilon(cls, value: float) -> float:
+        if math.isnan(value) or value <= 0:
+            raise ValueError("epsilon must be above zero (or 'inf' to train without privacy, for comparison)")
+        return value
+
+
+class AuditConfig(Frozen):
+    """What an audit measures and how long it may take."""
+
+    tier: Literal["quick", "standard", "full"] = "quick"
+    synthetic: Count = 500
+    confidence: Probability = 0.95
+    seed: int = 0
+
+
+class ReleaseConfig(Frozen):
+    """What a release holds."""
+
+    count: Count = 100
+    formats: tuple[Literal["nifti", "dicom", "png", "npz"], ...] = ("npz",)
+    conditions: Path | None = None
+    seed: int = 0
+    title: str = "Synthetic medical images"
+    key: Path | None = None
+
+
+def explain(error: ValidationError) -> ConfigError:
+    """Turn pydantic's report into one sentence: which key, what is wrong, what was given."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "config"
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"unknown config key {where!r}: remove it or see `medvae train --help`")
+    message = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{where}: {message} (given: {str(first['input'])[:80]!r})")
+
+
+def build(model: type[Any], **values: Any) -> Any:
+    """Build a config from the values that are not None, with errors in one sentence."""
+    try:
+        return model(**{k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        raise explain(error) from None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a pipeline YAML; unknown keys are refused."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise ConfigError("the pipeline file cannot be read as YAML: see pipelines/ for examples") from None
+    if not isinstance(data, dict):
+        raise ConfigError("the pipeline file is not a mapping of keys: see pipelines/ for examples")
+    recipe: Recipe = build(Recipe, **data)
+    return recipe

@@ -1,0 +1,1 @@
+"""Privacy arithmetic with no torch: plan, calibration, accounting, trade-off curve, ledger, randomness."""

@@ -1,0 +1,1 @@
+"""The one writer of release folders: checks, manifest, certificate, signature, verification."""

@@ -1,0 +1,1 @@
+"""Sampling from a released model, writers for NIfTI, DICOM, PNG and npz, and the procedural phantoms."""

@@ -1,0 +1,1 @@
+"""Private training: closed-form moments, per-patient clipped gradients, checkpoints, resume."""
