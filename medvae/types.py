@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -16,6 +16,7 @@ T = TypeVar("T")
 FloatArray = npt.NDArray[np.float32]
 Provenance = Literal["public", "dp", "canary", "private"]
 ConditionValue = str | float
+Progress = Callable[[int, int], None]  # (done, total)
 
 PROVENANCES: tuple[Provenance, ...] = ("public", "dp", "canary", "private")
 SHAREABLE: frozenset[str] = frozenset({"public", "dp", "canary"})

@@ -1,0 +1,27 @@
+"""Fixtures every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Callable[[str], Path]:
+    """Return the path of a real data set by name, or skip with a word where it is missing."""
+    base = Path(os.environ.get("MEDVAE_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = base / name
+        if not path.exists():
+            pytest.skip(f"real test data {name!r} is not here: set MEDVAE_TEST_DATA")
+        return path
+
+    return find
