@@ -1,0 +1,138 @@
+"""The conditional VAE (Kingma & Welling 2013; Sohn et al. 2015), with a per-sample ELBO.
+
+x = linear(z, c) + residual(z, c): the linear part, where there is one, is the closed-form solution from private
+moments; encoder and decoder are its residuals and start at zero, so training can only add to it. The condition
+enters at three places that a code cannot bypass: the conditional mean, the prior p(z|c), and FiLM.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from medvae.config import ModelConfig
+from medvae.errors import ConfigError
+from medvae.nets.blocks import Decoder, Encoder
+from medvae.nets.likelihood import LIKELIHOODS, bernoulli
+from medvae.nets.linear import LinearPart
+from medvae.types import ImageSpace
+
+# Posterior variance of a code before training, and the bounds that keep its logarithm tame under noise.
+INITIAL_LOG_VARIANCE = -2.0
+LOG_VARIANCE_BOUNDS = (-8.0, 2.0)
+# Probabilities of the linear part are kept this far from 0 and 1, where a logit has no bound.
+PROBABILITY_MARGIN = 0.01
+
+
+def logit(p: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) with p clamped away from 0 and 1."""
+    return torch.logit(p.clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN))
+
+
+class ConditionalVAE(nn.Module):
+    """A conditional VAE over images (and masks) in 2D or 3D.
+
+    Channel 0 is the image, under the likelihood of the config; further channels are masks, Bernoulli each.
+    `forward` gives the per-sample loss, which is what per-patient clipping needs: no term mixes two scans.
+    """
+
+    log_scale: Tensor
+
+    def __init__(self, space: ImageSpace, config: ModelConfig, linear: LinearPart | None = None) -> None:
+        """Build the network; `config` must be resolved (no None left), see train/rule.py."""
+        super().__init__()
+        if config.latent_dim is None or config.channels is None:
+            raise ConfigError("latent_dim and channels are not chosen yet: resolve the recipe first")
+        self.space = space
+        self.config = config
+        self.latent_dim = config.latent_dim
+        self.linear = linear
+        options = {"units": config.residual_units, "groups": config.norm_groups}
+        self.encoder = Encoder(space.channels, space.spatial_shape, config.channels, **options)
+        self.posterior = nn.Linear(self.encoder.features, 2 * self.latent_dim)
+        self.decoder = Decoder(
+            self.latent_dim, space.condition_width, space.channels, space.spatial_shape, config.channels, **options
+        )
+        self.prior = nn.Linear(max(1, space.condition_width), self.latent_dim, bias=False)
+        self.register_buffer("log_scale", torch.tensor(math.log(config.scale)))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        with torch.no_grad():
+            self.posterior.bias.zero_()
+            self.posterior.bias[self.latent_dim :] = INITIAL_LOG_VARIANCE
+            if self.linear is None:
+                # Distinct prior means from the start: else the code carries the class and the label is ignored.
+                nn.init.normal_(self.prior.weight, std=0.5)
+                return
+            nn.init.zeros_(self.prior.weight)
+            nn.init.zeros_(self.posterior.weight)
+            for parameter in self.decoder.last.parameters():
+                nn.init.zeros_(parameter)
+
+    def encode(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance, each (B, d), of q(z | x, c)."""
+        mean, log_variance = self.posterior(self.encoder(x)).chunk(2, dim=1)
+        if self.linear is not None:
+            mean = mean + self.linear.encode(x, condition)
+        return mean, log_variance.clamp(*LOG_VARIANCE_BOUNDS)
+
+    def prior_mean(self, condition: Tensor) -> Tensor:
+        """Return the mean (B, d) of p(z | c) = N(mean, I)."""
+        if condition.shape[1] == 0:
+            return torch.zeros(len(condition), self.latent_dim, device=condition.device)
+        return torch.as_tensor(self.prior(condition))
+
+    def prior_sample(self, condition: Tensor, noise: Tensor) -> Tensor:
+        """Return codes (B, d) of the prior from standard normal `noise` (B, d)."""
+        return self.prior_mean(condition) + noise
+
+    def _outputs(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image output (B, 1, *spatial) on the likelihood's scale, and mask logits (B, M, *spatial)."""
+        base = torch.full((len(z), self.space.channels, *self.space.spatial_shape), 0.5, device=z.device)
+        if self.linear is not None:
+            base = self.linear.decode(z, condition)
+        residual = self.decoder(z, condition)
+        image = logit(base[:, :1]) if self.config.likelihood == "bernoulli" else base[:, :1]
+        return image + residual[:, :1], logit(base[:, 1:]) + residual[:, 1:]
+
+    def decode(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return images and mask probabilities (B, C, *spatial) in [0, 1]: the mean of p(x | z, c)."""
+        image, mask = self._outputs(z, condition)
+        image = torch.sigmoid(image) if self.config.likelihood == "bernoulli" else image.clamp(0, 1)
+        return torch.cat([image, torch.sigmoid(mask)], dim=1)
+
+    def reconstruction(self, x: Tensor, z: Tensor, condition: Tensor) -> Tensor:
+        """Return -log p(x | z, c) in nats, (B,); masks are weighted by `mask_weight`."""
+        image, mask = self._outputs(z, condition)
+        density = LIKELIHOODS[self.config.likelihood]
+        nats = density(x[:, :1], image, self.log_scale).flatten(1).sum(1)
+        if mask.shape[1]:
+            nats = nats + self.config.mask_weight * bernoulli(x[:, 1:], mask, self.log_scale).flatten(1).sum(1)
+        return nats
+
+    def elbo(self, x: Tensor, condition: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Return per-sample "loss", "reconstruction" and "kl" in nats, each (B,); loss = reconstruction + beta kl.
+
+        KL of N(mean, diag exp(log_variance)) from N(prior mean, I), in closed form (Kingma & Welling 2013, app. B).
+        """
+        mean, log_variance = self.encode(x, condition)
+        z = mean + torch.exp(0.5 * log_variance) * noise
+        reconstruction = self.reconstruction(x, z, condition)
+        gap = mean - self.prior_mean(condition)
+        kl = 0.5 * (gap.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        return {"loss": reconstruction + self.config.beta * kl, "reconstruction": reconstruction, "kl": kl}
+
+    def log_weight(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
+        """Return log p(x, z | c) - log q(z | x, c) at one draw of z, (B,): the importance weight (Burda et al. 2016)."""
+        mean, log_variance = self.encode(x, condition)
+        z = mean + torch.exp(0.5 * log_variance) * noise
+        log_prior = -0.5 * (z - self.prior_mean(condition)).square().sum(1)
+        log_posterior = -0.5 * (noise.square() + log_variance).sum(1)
+        return log_prior - log_posterior - self.reconstruction(x, z, condition)
+
+    def forward(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
+        """Return the negative ELBO a channel element, (B,): x (B, C, *spatial), condition (B, K), noise (B, d)."""
+        return self.elbo(x, condition, noise)["loss"] / x[0].numel()

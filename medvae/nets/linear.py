@@ -1,0 +1,98 @@
+"""The linear conditional VAE: a mean that is linear in the condition, plus a few directions, in a cosine basis.
+
+x = m(c) + sum_j z_j u_j, with z ~ N(0, I): probabilistic PCA (Tipping & Bishop 1999) around a conditional mean.
+All of it is held as buffers: they come from the private moments and are not trained further.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from medvae.types import Condition, ImageSpace
+
+
+def cosine_matrix(count: int, size: int) -> npt.NDArray[np.float64]:
+    """Return the first `count` rows of the orthonormal DCT-II of length `size`: shape (count, size)."""
+    k = np.arange(count)[:, None]
+    n = np.arange(size)[None, :]
+    rows = np.sqrt(2.0 / size) * np.cos(np.pi * k * (2 * n + 1) / (2 * size))
+    rows[0] /= math.sqrt(2.0)
+    return np.asarray(rows, dtype=np.float64)
+
+
+def design_width(conditions: tuple[Condition, ...]) -> int:
+    """Return H, the width of `design`."""
+    has_class = any(c.kind == "class" for c in conditions)
+    return sum(c.width for c in conditions) + (0 if has_class else 1)
+
+
+def design_norm(conditions: tuple[Condition, ...]) -> float:
+    """Return the largest norm the unscaled design row can have: each condition (or the intercept) adds at most 1."""
+    has_class = any(c.kind == "class" for c in conditions)
+    return math.sqrt(len(conditions) + (0 if has_class else 1))
+
+
+def design(condition: Tensor, conditions: tuple[Condition, ...]) -> Tensor:
+    """Return regression rows h(c) of shape (B, H) with norm at most 1, from encoded conditions (B, K).
+
+    One-hot columns already span the intercept; where there is no class, a constant column is put first.
+    """
+    rows = condition
+    if not any(c.kind == "class" for c in conditions):
+        rows = torch.cat([torch.ones(len(condition), 1, dtype=condition.dtype, device=condition.device), rows], dim=1)
+    return rows / design_norm(conditions)
+
+
+class LinearPart(nn.Module):
+    """Holds m(c) and the directions as coefficients over the lowest cosines of each axis.
+
+    mean_map: (H, C, *k); directions: (d, C, *k), each scaled by its standard deviation and mutually orthogonal.
+    """
+
+    mean_map: Tensor
+    directions: Tensor
+
+    def __init__(self, space: ImageSpace, basis_shape: tuple[int, ...], latent_dim: int) -> None:
+        super().__init__()
+        self.space = space
+        self.register_buffer("mean_map", torch.zeros(design_width(space.conditions), space.channels, *basis_shape))
+        self.register_buffer("directions", torch.zeros(latent_dim, space.channels, *basis_shape))
+        for axis, (count, size) in enumerate(zip(basis_shape, space.spatial_shape, strict=True)):
+            matrix = torch.as_tensor(cosine_matrix(count, size), dtype=torch.float32)
+            self.register_buffer(f"axis_{axis}", matrix, persistent=False)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Return the coefficients (B, C, *k) of images (B, C, *spatial)."""
+        return self._apply_axes(x, transpose=True)
+
+    def expand(self, coefficients: Tensor) -> Tensor:
+        """Return the images (B, C, *spatial) of coefficients (B, C, *k)."""
+        return self._apply_axes(coefficients, transpose=False)
+
+    def _apply_axes(self, x: Tensor, *, transpose: bool) -> Tensor:
+        for axis in range(self.space.spatial_dims):
+            matrix = getattr(self, f"axis_{axis}")
+            moved = x.movedim(2 + axis, -1)
+            x = (moved @ (matrix.T if transpose else matrix)).movedim(-1, 2 + axis)
+        return x
+
+    def mean_coefficients(self, condition: Tensor) -> Tensor:
+        """Return the coefficients (B, C, *k) of m(c)."""
+        rows = design(condition, self.space.conditions)
+        return torch.tensordot(rows, self.mean_map, dims=1)
+
+    def decode(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return m(c) + sum_j z_j u_j as images (B, C, *spatial)."""
+        return self.expand(self.mean_coefficients(condition) + torch.tensordot(z, self.directions, dims=1))
+
+    def encode(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return the least-squares codes (B, d) of x around m(c); directions of no length give zero."""
+        residual = (self.reduce(x) - self.mean_coefficients(condition)).flatten(1)
+        u = self.directions.flatten(1)
+        lengths = u.square().sum(1)
+        return torch.where(lengths > 0, residual @ u.T / lengths.clamp(min=1e-12), torch.zeros_like(lengths))
