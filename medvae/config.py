@@ -64,8 +64,7 @@ class MomentsConfig(Frozen):
     enabled: bool = True
     share: Share | None = None
     basis_shape: tuple[Count, ...] | None = None
-    components: Count | None = None
-    mixtures: Count | None = None
+    coarse_shape: tuple[Count, ...] | None = None
 
 
 class DpSgdConfig(Frozen):

@@ -126,7 +126,7 @@ class ConditionalVAE(nn.Module):
         return {"loss": reconstruction + self.config.beta * kl, "reconstruction": reconstruction, "kl": kl}
 
     def log_weight(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
-        """Return log p(x, z | c) - log q(z | x, c) at one draw of z, (B,): the importance weight (Burda et al. 2016)."""
+        """Return log p(x, z | c) - log q(z | x, c) at one draw of z, (B,): the weight of Burda et al. (2016)."""
         mean, log_variance = self.encode(x, condition)
         z = mean + torch.exp(0.5 * log_variance) * noise
         log_prior = -0.5 * (z - self.prior_mean(condition)).square().sum(1)

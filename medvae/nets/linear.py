@@ -16,6 +16,21 @@ from torch import Tensor, nn
 from medvae.types import Condition, ImageSpace
 
 
+SHELLS = 12
+
+
+def shells(spatial_shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Return the shell (0 .. SHELLS - 1) of each coefficient of a full DCT, shape `spatial_shape`.
+
+    Shells are bands of equal width in log(1 + frequency), with frequency in half-cycles a field of view: narrow
+    where anatomy varies most, wide where there is only texture.
+    """
+    axes = np.meshgrid(*(np.arange(n) for n in spatial_shape), indexing="ij")
+    radius = np.sqrt(sum(np.square(a, dtype=np.float64) for a in axes))
+    position = np.log1p(radius) / np.log1p(radius.max())
+    return np.asarray(np.minimum((position * SHELLS).astype(np.int64), SHELLS - 1))
+
+
 def cosine_matrix(count: int, size: int) -> npt.NDArray[np.float64]:
     """Return the first `count` rows of the orthonormal DCT-II of length `size`: shape (count, size)."""
     k = np.arange(count)[:, None]
@@ -52,14 +67,18 @@ class LinearPart(nn.Module):
     """Holds m(c) and the directions as coefficients over the lowest cosines of each axis.
 
     mean_map: (H, C, *k); directions: (d, C, *k), each scaled by its standard deviation and mutually orthogonal.
+    spectrum: (SHELLS, C, C), the covariance between channels of one cosine coefficient of what m(c) leaves over, by
+    shell of frequency. It is not part of p(x|z): sampling adds it as texture.
     """
 
     mean_map: Tensor
     directions: Tensor
+    spectrum: Tensor
 
     def __init__(self, space: ImageSpace, basis_shape: tuple[int, ...], latent_dim: int) -> None:
         super().__init__()
         self.space = space
+        self.register_buffer("spectrum", torch.zeros(SHELLS, space.channels, space.channels))
         self.register_buffer("mean_map", torch.zeros(design_width(space.conditions), space.channels, *basis_shape))
         self.register_buffer("directions", torch.zeros(latent_dim, space.channels, *basis_shape))
         for axis, (count, size) in enumerate(zip(basis_shape, space.spatial_shape, strict=True)):

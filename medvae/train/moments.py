@@ -1,0 +1,344 @@
+"""The closed-form stage: a linear conditional VAE from noisy moments, with no training.
+
+Five Gaussian releases, each of a sum over patients of a vector whose norm is at most 1, so that adding or removing
+one patient (with all of their scans) moves the sum by at most 1 and noise of standard deviation `noise_multiplier`
+gives exactly the mechanism that the plan charged:
+
+    norms            histogram of feature norms, to choose the clip of the next release
+    centre           a coarse mean, which makes the next norms small
+    residual_norms   the same around that centre
+    means            overall mean, sums by class and covariate, and their counts: the conditional mean m(c)
+    second           second moments around m(c): directions (probabilistic PCA) and spectra by shell of frequency
+
+A patient's vector is the average over the patient's scans of vectors of norm at most 1, so its norm is at most 1 too.
+Whatever is computed from the noisy sums afterwards is post-processing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medvae.dp.noise import NoiseSource
+from medvae.nets.linear import SHELLS, LinearPart, design, design_norm, design_width, shells
+from medvae.types import Batch, Condition, ImageSpace, Progress, condition_width
+
+Array = npt.NDArray[np.float64]
+
+RELEASES = ("norms", "centre", "residual_norms", "means", "second")
+# Edges of the norm histograms, as root mean square per element of [0, 1] channels: public constants.
+RMS_EDGES = np.geomspace(0.01, 1.0, 25)
+# The clip is the norm that this share of patients stays under: more clips the anatomy, less adds noise.
+CLIP_QUANTILE = 0.8
+# How a release splits its unit of sensitivity between its parts (squares add to 1).
+COUNT_WEIGHT = 0.3
+CONTRAST_WEIGHT = 0.5
+SPECTRUM_WEIGHT = 0.3
+CHUNK = 128
+
+
+class ScanSource(Protocol):
+    """What this stage needs of a cohort: scans by row, and the rows of some patients."""
+
+    @property
+    def space(self) -> ImageSpace:
+        """The cohort's public image space."""
+        ...
+
+    def rows(self, patients: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the rows of these patients' scans."""
+        ...
+
+    def load(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Load scans; patients sorted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the training patients: yields (x, condition, patient) a chunk of whole patients."""
+
+    source: ScanSource
+    patients: npt.NDArray[np.int64]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.patients), CHUNK):
+            yield self.source.load(self.source.rows(self.patients[start : start + CHUNK]))
+
+
+def patient_average(vectors: Tensor, patient: npt.NDArray[np.int64]) -> Tensor:
+    """Return the average vector of each patient, (patients, D), from one a scan, (B, D)."""
+    index = torch.from_numpy(np.unique(patient, return_inverse=True)[1])
+    count = torch.bincount(index).to(vectors.dtype)
+    total = torch.zeros(len(count), vectors.shape[1], dtype=vectors.dtype).index_add_(0, index, vectors)
+    return total / count[:, None]
+
+
+def clip_rows(vectors: Tensor, radius: float) -> Tensor:
+    """Scale rows of (B, D) down to norm `radius`, then divide by it: every row ends with norm at most 1."""
+    norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / torch.clamp(norms, min=radius)
+
+
+def noisy_sum(
+    scans: Pass, contribution: Callable[[Batch], Tensor], noise_multiplier: float, noise: NoiseSource
+) -> Array:
+    """Release the sum over patients of `contribution`, averaged over each patient's scans, with Gaussian noise.
+
+    contribution: batch -> (B, D), rows of norm at most 1 whatever the scans hold. The L2 sensitivity to one patient
+    is then 1, so this is the Gaussian mechanism with this noise multiplier. The bound is enforced, not trusted.
+    """
+    total: Tensor | None = None
+    for batch in scans:
+        vectors = clip_rows(patient_average(contribution(batch).double(), batch.patient), 1.0).sum(0)
+        total = vectors if total is None else total + vectors
+    if total is None:
+        raise ValueError("no patients")
+    return np.asarray(total.numpy() + noise_multiplier * noise.normal(len(total)), dtype=np.float64)
+
+
+def norm_buckets(norms: Tensor, size: int) -> Tensor:
+    """Return one-hot buckets (B, bins) of norms (B,) of vectors with `size` elements."""
+    edges = torch.as_tensor(RMS_EDGES, dtype=norms.dtype) * size**0.5
+    return torch.nn.functional.one_hot(torch.bucketize(norms, edges), len(RMS_EDGES) + 1).double()
+
+
+def radius_of(histogram: Array, size: int) -> float:
+    """Return the clip norm at CLIP_QUANTILE of a noisy histogram: post-processing."""
+    cumulative = np.cumsum(np.maximum(histogram, 0.0))
+    bucket = int(np.searchsorted(cumulative, CLIP_QUANTILE * cumulative[-1])) if cumulative[-1] > 0 else 0
+    return float(RMS_EDGES[min(bucket, len(RMS_EDGES) - 1)] * size**0.5)
+
+
+def _shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
+    """Shrink rows (H, C, *k) towards zero, band by band, by the positive-part James-Stein factor.
+
+    noise_sd: (H,), the known noise of one coefficient of each row. Post-processing.
+    """
+    out = rows.copy()
+    for band in np.unique(shell):
+        inside = shell == band
+        energy = np.square(rows[:, :, inside]).sum(-1)
+        expected = np.square(noise_sd)[:, None] * inside.sum()
+        factor = np.clip(1 - expected / np.maximum(energy, 1e-30), 0, 1)
+        out[:, :, inside] *= factor[:, :, None]
+    return out
+
+
+def contrast_operator(gram: Array, gram_noise_sd: float, conditions: tuple[Condition, ...]) -> Array:
+    """Return the operator (H, H) from sums T = sum h phi' to the rows of m(c) that differ between conditions.
+
+    Least squares G^-1 T with G = sum h h'; of each class block its count-weighted mean is taken away, and the
+    intercept row is zero: the overall mean comes from a release of its own. Post-processing.
+    """
+    width = len(gram)
+    gram = (gram + gram.T) / 2
+    floor = max(1.0, 2 * gram_noise_sd * width**0.5)
+    values, vectors = np.linalg.eigh(gram)
+    inverse = (vectors / np.maximum(values, floor)) @ vectors.T
+    weights = np.maximum(np.diag(gram), floor)
+    contrast = np.eye(width)
+    start = design_width(conditions) - condition_width(conditions)
+    contrast[:start] = 0.0
+    for c in conditions:
+        if c.kind == "class":
+            block = slice(start, start + c.width)
+            contrast[block, block] -= weights[block] / weights[block].sum()
+        start += c.width
+    return np.asarray(contrast @ inverse)
+
+
+def principal_directions(second: Array, noise_sd: float, count: int) -> Array:
+    """Return up to `count` directions (count, D), scaled by their standard deviation, from a noisy covariance.
+
+    Eigenvalues below the edge of the noise (2 sigma sqrt(D) for a symmetric Gaussian matrix) are noise and dropped;
+    the others are shrunk by what the noise is expected to add. Post-processing.
+    """
+    values, vectors = np.linalg.eigh((second + second.T) / 2)
+    edge = noise_sd * len(second) ** 0.5
+    order = np.argsort(values)[::-1][:count]
+    # An eigenvalue l above the edge appears at l + edge^2 / l (Benaych-Georges & Nadakuditi 2011): invert that.
+    seen = np.maximum(values[order], 0.0)
+    kept = np.where(seen > 2 * edge, (seen + np.sqrt(np.maximum(seen**2 - 4 * edge**2, 0.0))) / 2, 0.0)
+    return np.asarray((vectors[:, order] * np.sqrt(kept)).T)
+
+
+@dataclass(frozen=True)
+class MomentShapes:
+    """How fine each release is, in cosines an axis: public numbers, chosen by the rule.
+
+    basis: of the mean; coarse: of the centre and of second moments; latent_dim: directions kept at most.
+    """
+
+    basis: tuple[int, ...]
+    coarse: tuple[int, ...]
+    latent_dim: int
+
+
+def fit_moments(
+    source: ScanSource,
+    patients: npt.NDArray[np.int64],
+    noise_multipliers: Mapping[str, float],
+    shapes: MomentShapes,
+    *,
+    noise: NoiseSource,
+    progress: Progress | None = None,
+) -> LinearPart:
+    """Fit the linear part with five Gaussian releases named RELEASES, each with its own noise multiplier.
+
+    Guarantee: the composition of those Gaussian mechanisms, by patient, add/remove; each patient adds a vector of
+    norm at most 1 to each sum. `patients` must be the training patients that the plan counted.
+    """
+    steps: tuple[Callable[[_Fit], None], ...] = (_norms, _centre, _residual_norms, _means, _second)
+    fit = _Fit(Pass(source, patients), noise_multipliers, shapes, noise)
+    for done, step in enumerate(steps):
+        step(fit)
+        if progress is not None:
+            progress(done + 1, len(steps))
+    return fit.part
+
+
+class _Fit:
+    """What the five releases hand on to each other: only noisy sums and what follows from them."""
+
+    def __init__(
+        self, scans: Pass, noise_multipliers: Mapping[str, float], shapes: MomentShapes, noise: NoiseSource
+    ) -> None:
+        space = scans.source.space
+        self.scans, self.noise_multipliers, self.shapes, self.noise = scans, noise_multipliers, shapes, noise
+        self.space = space
+        self.count = len(scans.patients)
+        self.elements = space.channels * int(np.prod(space.spatial_shape))
+        self.shell = shells(space.spatial_shape)
+        self.part = LinearPart(space, shapes.basis, shapes.latent_dim)
+        self.full = LinearPart(space, space.spatial_shape, 1)
+        self.coarse = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
+        self.radius = self.full_radius = 0.0
+
+    def release(self, name: str, contribution: Callable[[Batch], Tensor]) -> Array:
+        return noisy_sum(self.scans, contribution, self.noise_multipliers[name], self.noise)
+
+    def residual(self, batch: Batch) -> Tensor:
+        """Return the coefficients (B, C, *basis) of what the mean so far leaves over."""
+        mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
+        return self.part.reduce(torch.from_numpy(batch.x)) - mean
+
+    def full_residual(self, batch: Batch) -> Tensor:
+        """Return the same in all coefficients (B, C, *spatial)."""
+        mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
+        return self.full.reduce(torch.from_numpy(batch.x) - self.part.expand(mean))
+
+    def buckets(self, vectors: Tensor) -> Tensor:
+        return norm_buckets(torch.linalg.vector_norm(vectors.flatten(1), dim=1), self.elements)
+
+    def add_overall(self, coefficients: Array) -> None:
+        """Add coefficients (C, *k) to m(c) for every condition; with classes, each block carries its share."""
+        space, low = self.space, tuple(slice(k) for k in coefficients.shape[1:])
+        classes = [c for c in space.conditions if c.kind == "class"]
+        constant = torch.as_tensor(coefficients * design_norm(space.conditions), dtype=torch.float32)
+        if not classes:
+            self.part.mean_map[(0, slice(None), *low)] += constant
+            return
+        start = 0
+        for c in space.conditions:
+            if c.kind == "class":
+                self.part.mean_map[(slice(start, start + c.width), slice(None), *low)] += constant / len(classes)
+            start += c.width
+
+
+def _norms(fit: _Fit) -> None:
+    """Choose the clip of the centre."""
+    histogram = fit.release("norms", lambda b: fit.buckets(fit.residual(b)[fit.coarse]))
+    fit.radius = radius_of(histogram, fit.elements)
+
+
+def _centre(fit: _Fit) -> None:
+    """A coarse overall mean: it only has to make the next norms small."""
+    shape = (1, fit.space.channels, *fit.shapes.coarse)
+    released = fit.release("centre", lambda b: clip_rows(fit.residual(b)[fit.coarse].flatten(1), fit.radius))
+    scale = fit.radius / fit.count
+    noise_sd = np.asarray([fit.noise_multipliers["centre"] * scale])
+    fit.add_overall(_shrink(released.reshape(shape) * scale, noise_sd, fit.shell[fit.coarse[2:]])[0])
+
+
+def _residual_norms(fit: _Fit) -> None:
+    """Choose the clips of means and second moments."""
+
+    def contribution(batch: Batch) -> Tensor:
+        return torch.cat([fit.buckets(fit.residual(batch)), fit.buckets(fit.full_residual(batch))], dim=1) / 2**0.5
+
+    low, full = np.split(fit.release("residual_norms", contribution), 2)
+    fit.radius, fit.full_radius = radius_of(low, fit.elements), radius_of(full, fit.elements)
+
+
+def _means(fit: _Fit) -> None:
+    """The overall mean, and its contrasts between classes and along covariates."""
+    conditions, channels = fit.space.conditions, fit.space.channels
+    width, shape = design_width(conditions), (channels, *fit.shapes.basis)
+    features = int(np.prod(shape))
+    overall_weight = (1 - COUNT_WEIGHT**2 - CONTRAST_WEIGHT**2) ** 0.5
+
+    def contribution(batch: Batch) -> Tensor:
+        h = design(torch.from_numpy(batch.condition), conditions)
+        phi = clip_rows(fit.residual(batch).flatten(1), fit.radius)
+        by_condition = torch.einsum("bh,bd->bhd", h, phi).flatten(1)
+        gram = torch.einsum("bh,bg->bhg", h, h).flatten(1)
+        return torch.cat([phi * overall_weight, by_condition * CONTRAST_WEIGHT, gram * COUNT_WEIGHT], dim=1)
+
+    released = fit.release("means", contribution)
+    sigma, shell = fit.noise_multipliers["means"], fit.shell[tuple(slice(k) for k in fit.shapes.basis)]
+    overall, by_condition, gram = np.split(released, [features, features * (1 + width)])
+    gram_noise = sigma / COUNT_WEIGHT
+    operator = contrast_operator(gram.reshape(width, width) / COUNT_WEIGHT, gram_noise, conditions)
+    scale = fit.radius / CONTRAST_WEIGHT
+    contrasts = np.tensordot(operator, by_condition.reshape(width, *shape) * scale, axes=1)
+    contrasts = _shrink(contrasts, sigma * scale * np.linalg.norm(operator, axis=1), shell)
+    scale = fit.radius / overall_weight / fit.count
+    fit.add_overall(_shrink(overall.reshape(1, *shape) * scale, np.asarray([sigma * scale]), shell)[0])
+    fit.part.mean_map += torch.as_tensor(contrasts, dtype=torch.float32)
+
+
+def _second(fit: _Fit) -> None:
+    """Second moments around m(c): directions of the coarse coefficients, and spectra of all of them by shell."""
+    channels, part = fit.space.channels, fit.part
+    size = channels * int(np.prod(fit.shapes.coarse))
+    upper = torch.triu_indices(size, size)
+    root = torch.where(upper[0] == upper[1], 1.0, 2**0.5)  # so that the norm of a triangle is the matrix's
+    bands = torch.nn.functional.one_hot(torch.from_numpy(fit.shell.ravel()), SHELLS).float()
+    second_weight = (1 - SPECTRUM_WEIGHT**2) ** 0.5
+
+    def contribution(batch: Batch) -> Tensor:
+        coefficients = fit.full_residual(batch)
+        small = clip_rows(coefficients[fit.coarse].flatten(1), fit.radius)
+        products = small[:, upper[0]] * small[:, upper[1]] * root
+        flat = clip_rows(coefficients.flatten(1), fit.full_radius).view(len(coefficients), channels, -1)
+        spectra = torch.einsum("bcn,bdn,ns->bscd", flat, flat, bands).flatten(1)
+        return torch.cat([products * second_weight, spectra * SPECTRUM_WEIGHT], dim=1)
+
+    released = fit.release("second", contribution)
+    products, spectra = released[: upper.shape[1]], released[upper.shape[1] :]
+    scale = fit.radius**2 / second_weight / fit.count
+    covariance = np.zeros((size, size))
+    covariance[upper[0].numpy(), upper[1].numpy()] = products * scale / root.numpy()
+    covariance += np.triu(covariance, 1).T
+    noise_sd = fit.noise_multipliers["second"] * scale / 2**0.5
+    directions = principal_directions(covariance, noise_sd, fit.shapes.latent_dim)
+    kept = torch.as_tensor(directions, dtype=torch.float32).view(-1, channels, *fit.shapes.coarse)
+    part.directions[(slice(len(kept)), *fit.coarse[1:])] = kept
+    per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
+    scale_full = fit.full_radius**2 / SPECTRUM_WEIGHT / fit.count
+    spectrum = spectra.reshape(SHELLS, channels, channels) * scale_full / per_band[:, None, None]
+    part.spectrum.copy_(torch.as_tensor(positive_part(spectrum), dtype=torch.float32))
+
+
+def positive_part(matrices: Array) -> Array:
+    """Return the nearest positive semi-definite matrices to (S, C, C): post-processing of noisy covariances."""
+    symmetric = (matrices + matrices.transpose(0, 2, 1)) / 2
+    values, vectors = np.linalg.eigh(symmetric)
+    return np.asarray(np.einsum("sij,sj,skj->sik", vectors, np.maximum(values, 0.0), vectors))

@@ -1,0 +1,83 @@
+"""The rule that fills what a recipe leaves open, from public numbers only: patients, image space, class count.
+
+Nothing here looks at a scan. The rule was fitted on phantoms and public digits; docs/quality.md has its evidence.
+"""
+
+from __future__ import annotations
+
+import math
+
+from medvae.config import DpSgdConfig, ModelConfig, MomentsConfig, Recipe
+from medvae.types import ImageSpace
+
+# Below SMALL patients DP-SGD mostly learns noise, so the closed form gets nearly all of the budget; above LARGE both
+# get half.
+SMALL, LARGE = 100, 10_000
+SGD_SHARE_SMALL, SGD_SHARE_LARGE = 0.15, 0.5
+# Shares of the closed form's budget: three cheap releases that only set clips and a centre, then the two that count.
+CLIP_SHARE, CENTRE_SHARE = 0.03, 0.08
+SECOND_SHARE_SMALL, SECOND_SHARE_LARGE = 0.15, 0.5
+
+
+def _between(patients: int, small: float, large: float) -> float:
+    """Interpolate in log(patients) between the values at SMALL and LARGE."""
+    position = math.log(max(patients, 1) / SMALL) / math.log(LARGE / SMALL)
+    return small + (large - small) * min(1.0, max(0.0, position))
+
+
+def _model(config: ModelConfig, patients: int, space: ImageSpace) -> ModelConfig:
+    latent = config.latent_dim or round(min(32, max(8, math.sqrt(patients) / 4)))
+    wide = space.spatial_dims == 2 and patients >= 2_000
+    levels = 2 if min(space.spatial_shape) < 32 else 3
+    channels = config.channels or ((16, 32, 32)[:levels] if wide else (8, 16, 16)[:levels])
+    return config.model_copy(update={"latent_dim": latent, "channels": channels})
+
+
+def _moments(config: MomentsConfig, patients: int, space: ImageSpace, *, sgd: bool) -> MomentsConfig:
+    if not config.enabled:
+        return config
+    share = config.share
+    if share is None:
+        share = 1 - _between(patients, SGD_SHARE_SMALL, SGD_SHARE_LARGE) if sgd else 1.0
+    fraction, most = (0.45, 32) if space.spatial_dims == 2 else (0.22, 12)
+    basis = config.basis_shape or tuple(min(n, most, max(2, math.ceil(n * fraction))) for n in space.spatial_shape)
+    size = min(256.0, max(12.0, 2 * math.sqrt(patients))) / space.channels
+    side = max(2, math.floor(size ** (1 / space.spatial_dims)))
+    coarse = config.coarse_shape or tuple(min(side, k) for k in basis)
+    return config.model_copy(update={"share": share, "basis_shape": basis, "coarse_shape": coarse})
+
+
+def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace) -> DpSgdConfig:
+    if not config.enabled:
+        return config
+    expected = min(patients * 0.5, max(16.0, min(512.0, patients / 8)))
+    steps = 120 if space.spatial_dims == 3 else 200
+    return config.model_copy(
+        update={
+            "sample_rate": config.sample_rate or round(min(1.0, expected / patients), 6),
+            "steps": config.steps or steps,
+            "learning_rate": config.learning_rate or 1e-3,
+        }
+    )
+
+
+def resolve(recipe: Recipe, patients: int, space: ImageSpace) -> Recipe:
+    """Return the recipe with nothing left open, chosen from the number of training patients and the image space."""
+    return recipe.model_copy(
+        update={
+            "model": _model(recipe.model, patients, space),
+            "moments": _moments(recipe.moments, patients, space, sgd=recipe.dpsgd.enabled),
+            "dpsgd": _dpsgd(recipe.dpsgd, patients, space),
+        }
+    )
+
+
+def moment_shares(recipe: Recipe, patients: int) -> list[tuple[str, float]]:
+    """Return (release name, share of the whole budget) of the closed-form stage of a resolved recipe, or nothing."""
+    if not recipe.moments.enabled or recipe.moments.share is None:
+        return []
+    second = _between(patients, SECOND_SHARE_SMALL, SECOND_SHARE_LARGE)
+    fixed = {"norms": CLIP_SHARE, "centre": CENTRE_SHARE, "residual_norms": CLIP_SHARE}
+    rest = 1 - sum(fixed.values())
+    shares = {**fixed, "means": rest * (1 - second), "second": rest * second}
+    return [(name, share * recipe.moments.share) for name, share in shares.items()]
