@@ -25,8 +25,10 @@ def _norm(channels: int, groups: int) -> tuple[str, dict[str, int]]:
 def _unit(dims: int, inside: int, outside: int, *, strides: int, units: int, groups: int) -> nn.Module:
     norm = _norm(outside, groups)
     if units == 0:
-        return Convolution(dims, inside, outside, strides=strides, norm=norm, act="GELU")
-    return ResidualUnit(dims, inside, outside, strides=strides, subunits=units, norm=norm, act="GELU")
+        plain: nn.Module = Convolution(dims, inside, outside, strides=strides, norm=norm, act="GELU")
+        return plain
+    residual: nn.Module = ResidualUnit(dims, inside, outside, strides=strides, subunits=units, norm=norm, act="GELU")
+    return residual
 
 
 class FiLM(nn.Module):
@@ -40,6 +42,7 @@ class FiLM(nn.Module):
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         """Modulate h (B, channels, *spatial) by the condition (B, K)."""
+        gamma: Tensor
         gamma, beta = self.project(condition).chunk(2, dim=1)
         shape = gamma.shape + (1,) * (h.dim() - 2)
         return h * (1 + gamma.view(shape)) + beta.view(shape)

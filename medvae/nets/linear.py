@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from medvae.types import Condition, ImageSpace
 
-
 SHELLS = 12
 
 
@@ -103,7 +102,8 @@ class LinearPart(nn.Module):
     def mean_coefficients(self, condition: Tensor) -> Tensor:
         """Return the coefficients (B, C, *k) of m(c)."""
         rows = design(condition, self.space.conditions)
-        return torch.tensordot(rows, self.mean_map, dims=1)
+        mean: Tensor = torch.tensordot(rows, self.mean_map, dims=1)
+        return mean
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
         """Return m(c) + sum_j z_j u_j as images (B, C, *spatial)."""

@@ -218,7 +218,7 @@ class _Fit:
         self.shell = shells(space.spatial_shape)
         self.part = LinearPart(space, shapes.basis, shapes.latent_dim)
         self.full = LinearPart(space, space.spatial_shape, 1)
-        self.coarse = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
+        self.coarse: tuple[slice, ...] = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
         self.radius = self.full_radius = 0.0
 
     def release(self, name: str, contribution: Callable[[Batch], Tensor]) -> Array:
@@ -243,7 +243,7 @@ class _Fit:
         classes = [c for c in space.conditions if c.kind == "class"]
         constant = torch.as_tensor(coefficients * design_norm(space.conditions), dtype=torch.float32)
         if not classes:
-            self.part.mean_map[(0, slice(None), *low)] += constant
+            self.part.mean_map[(slice(1), slice(None), *low)] += constant
             return
         start = 0
         for c in space.conditions:
@@ -334,11 +334,12 @@ def _second(fit: _Fit) -> None:
     per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
     scale_full = fit.full_radius**2 / SPECTRUM_WEIGHT / fit.count
     spectrum = spectra.reshape(SHELLS, channels, channels) * scale_full / per_band[:, None, None]
-    part.spectrum.copy_(torch.as_tensor(positive_part(spectrum), dtype=torch.float32))
+    noise_spectrum = fit.noise_multipliers["second"] * scale_full / per_band
+    part.spectrum.copy_(torch.as_tensor(positive_part(spectrum, noise_spectrum), dtype=torch.float32))
 
 
-def positive_part(matrices: Array) -> Array:
-    """Return the nearest positive semi-definite matrices to (S, C, C): post-processing of noisy covariances."""
+def positive_part(matrices: Array, noise_sd: Array) -> Array:
+    """Return positive semi-definite matrices near the noisy (S, C, C), eigenvalues shrunk by the noise (S,) in them."""
     symmetric = (matrices + matrices.transpose(0, 2, 1)) / 2
     values, vectors = np.linalg.eigh(symmetric)
-    return np.asarray(np.einsum("sij,sj,skj->sik", vectors, np.maximum(values, 0.0), vectors))
+    return np.asarray(np.einsum("sij,sj,skj->sik", vectors, np.maximum(values - noise_sd[:, None], 0.0), vectors))

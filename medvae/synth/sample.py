@@ -1,0 +1,78 @@
+"""A synthetic cohort from a released model: everything here is post-processing of a private model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from medvae.nets.linear import SHELLS
+from medvae.synth.texture import draw_image, draw_labels, explained_spectrum, make_texture
+from medvae.types import (
+    ConditionValue,
+    ImageSpace,
+    ModelRelease,
+    Progress,
+    SyntheticCohort,
+    encode_conditions,
+)
+
+
+def spread_conditions(space: ImageSpace, count: int, seed: int) -> list[dict[str, ConditionValue]]:
+    """Return `count` rows of conditions: classes in equal numbers, covariates uniform over their public range.
+
+    Nothing of the real cohort's composition enters, since that would be a private histogram.
+    """
+    rng = np.random.default_rng(seed)
+    columns: dict[str, list[ConditionValue]] = {}
+    for c in space.conditions:
+        if c.kind == "class":
+            names = [c.classes[i % len(c.classes)] for i in range(count)]
+            columns[c.name] = [names[i] for i in rng.permutation(count)]
+        else:
+            low, high = c.range or (0.0, 1.0)
+            columns[c.name] = [round(float(v), 3) for v in rng.uniform(low, high, count)]
+    return [{name: values[i] for name, values in columns.items()} for i in range(count)]
+
+
+def generate(
+    release: ModelRelease,
+    conditions: Sequence[Mapping[str, ConditionValue]],
+    seed: int,
+    progress: Progress | None = None,
+    batch_size: int = 32,
+) -> SyntheticCohort:
+    """Generate one scan a row of conditions.
+
+    Returns images (N, *spatial) float32 in [0, 1] and, where the model has mask channels, label maps (N, *spatial).
+    Raises InputError where a row lacks a condition or names an unknown class.
+    """
+    import torch
+
+    from medvae.nets.build import load_release
+
+    space = release.space
+    model = load_release(release)
+    encoded = np.stack([encode_conditions(space.conditions, row) for row in conditions])
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    texture = None
+    if model.linear is not None:
+        explained = explained_spectrum(model.linear.directions.numpy(), space.spatial_shape, SHELLS)
+        texture = make_texture(model.linear.spectrum.numpy(), explained, space.spatial_shape)
+    images = np.empty((len(encoded), *space.spatial_shape), dtype=np.float32)
+    masks = np.zeros(images.shape, dtype=np.uint8) if space.mask_labels else None
+    names = np.asarray((0, *space.mask_labels), dtype=np.uint8)
+    for start in range(0, len(encoded), batch_size):
+        condition = torch.from_numpy(encoded[start : start + batch_size])
+        noise = torch.randn(len(condition), model.latent_dim, generator=generator)
+        with torch.no_grad():
+            decoded = model.decode(model.prior_sample(condition, noise), condition).numpy()
+        for index, x in enumerate(decoded, start=start):
+            labels = draw_labels(x[1:], texture, rng) if masks is not None else np.zeros(x.shape[1:], np.uint8)
+            images[index] = draw_image(x[0], x[1:], labels, texture, rng)
+            if masks is not None:
+                masks[index] = names[labels]
+        if progress is not None:
+            progress(min(start + batch_size, len(encoded)), len(encoded))
+    return SyntheticCohort(images, masks, tuple(dict(row) for row in conditions), space)

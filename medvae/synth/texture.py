@@ -1,0 +1,107 @@
+"""What a decoder's mean leaves out, added when sampling: sharp masks and fine texture as Gaussian random fields.
+
+A decoder gives the mean of an image and the probability of a mask at each voxel: smooth, because it averages over
+everything the code does not know. Fields with the released spectrum give the rest back:
+
+    mask    voxel is foreground where g < Phi^-1(p), with g a unit Gaussian field: every voxel keeps its probability p,
+            and neighbours agree as far as the field is smooth (a Gaussian copula)
+    image   mean + regression on the drawn mask + a field with what is left of the spectrum
+
+The spectrum is a differentially private output of the closed-form stage, so all of this is post-processing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.fft import dctn, idctn
+from scipy.special import ndtri
+
+from medvae.nets.linear import shells
+
+Array = npt.NDArray[np.float32]
+Matrices = npt.NDArray[np.float64]
+
+# Probabilities below this are noise of the released means, spread over the whole field of view.
+FAINT = 0.04
+SURE = 0.995
+
+
+@dataclass(frozen=True)
+class Texture:
+    """Spectra by shell, of the masks' unit fields, of the image given the masks, and the regression between them."""
+
+    shell: npt.NDArray[np.int64]
+    mask: Matrices  # (SHELLS, M): amplitude of one coefficient of each mask's unit field
+    image: Matrices  # (SHELLS,): amplitude of one coefficient of the image's field
+    slope: Matrices  # (SHELLS, M): image coefficient a unit of mask coefficient
+
+
+def make_texture(spectrum: Array, explained: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
+    """Prepare sampling from the released spectrum (SHELLS, C, C), less what the directions explain (same shape).
+
+    Returns None where no spectrum was released.
+    """
+    if not np.any(spectrum):
+        return None
+    shell = shells(spatial_shape)
+    left = np.asarray(spectrum, dtype=np.float64)
+    masks = left[:, 1:, 1:]
+    ridge = 1e-6 * np.eye(masks.shape[1]) + 0.1 * np.einsum("sii->si", masks)[:, :, None] * np.eye(masks.shape[1])
+    slope = np.linalg.solve(masks + ridge, left[:, 1:, :1])[:, :, 0] if masks.shape[1] else np.zeros((len(left), 0))
+    given = left[:, 0, 0] - np.einsum("sm,sm->s", slope, left[:, 1:, 0]) - np.asarray(explained)[:, 0, 0]
+    power = np.maximum(np.einsum("sii->si", masks - np.asarray(explained)[:, 1:, 1:]), 0.0)
+    count = np.bincount(shell.ravel(), minlength=len(left))
+    total = (power * count[:, None]).sum(0) / shell.size
+    unit = np.sqrt(power / np.where(total > 0, total, 1.0))
+    return Texture(shell, unit, np.sqrt(np.maximum(given, 0.0)), slope)
+
+
+def explained_spectrum(directions: Array, spatial_shape: tuple[int, ...], shell_count: int) -> Array:
+    """Return the spectrum (SHELLS, C, C) that directions (d, C, *k) with standard normal codes account for."""
+    shell = shells(spatial_shape)[tuple(slice(k) for k in directions.shape[2:])].ravel()
+    flat = directions.reshape(*directions.shape[:2], -1)
+    count = np.maximum(np.bincount(shells(spatial_shape).ravel(), minlength=shell_count), 1)
+    out = np.zeros((shell_count, flat.shape[1], flat.shape[1]), dtype=np.float32)
+    for s in np.unique(shell):
+        part = flat[:, :, shell == s]
+        out[s] = np.einsum("jcn,jdn->cd", part, part) / count[s]
+    return out
+
+
+def _field(amplitude: Matrices, texture: Texture, rng: np.random.Generator) -> Array:
+    """Draw one field of shape `spatial` whose coefficient in shell s has standard deviation amplitude[s]."""
+    white = rng.standard_normal(texture.shell.shape)
+    return np.asarray(idctn(white * amplitude[texture.shell], norm="ortho"), dtype=np.float32)
+
+
+def draw_labels(probability: Array, texture: Texture | None, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Return a label map of 0 .. M from mask probabilities (M, *spatial): 0 background, m + 1 for channel m."""
+    total = probability.sum(0)
+    best = probability.argmax(0).astype(np.uint8) + 1
+    if texture is None:
+        return np.where(total > 0.5, best, 0).astype(np.uint8)
+    p = np.where(total < FAINT, 0.0, np.clip(total, 0.0, SURE))
+    weights = probability.reshape(len(probability), -1).sum(1)
+    amplitude = texture.mask @ (weights / max(float(weights.sum()), 1e-6))
+    foreground = (p > 0) & (_field(amplitude, texture, rng) < ndtri(np.clip(p, 1e-6, SURE)))
+    if len(probability) > 1:
+        # Between labels: the same construction, so that their border is sharp and keeps its odds.
+        tilt = np.stack([_field(texture.mask[:, m], texture, rng) for m in range(len(probability))])
+        best = (np.log(np.maximum(probability, 1e-6)) + 0.5 * tilt).argmax(0).astype(np.uint8) + 1
+    return np.where(foreground, best, 0).astype(np.uint8)
+
+
+def draw_image(
+    mean: Array, probability: Array, labels: npt.NDArray[np.uint8], texture: Texture | None, rng: np.random.Generator
+) -> Array:
+    """Return an image (*spatial) in [0, 1] around its mean, agreeing with the drawn labels."""
+    if texture is None:
+        return np.clip(mean, 0, 1)
+    out = mean + _field(texture.image, texture, rng)
+    for m, p in enumerate(probability):
+        surprise = (labels == m + 1).astype(np.float32) - p
+        out = out + idctn(dctn(surprise, norm="ortho") * texture.slope[:, m][texture.shell], norm="ortho")
+    return np.asarray(np.clip(out, 0, 1), dtype=np.float32)
