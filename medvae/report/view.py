@@ -1,0 +1,193 @@
+"""From a report's JSON to what the templates show. Picks, orders and words; computes no number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medvae.errors import PrivacyError, RunError
+from medvae.report.figures import draw, strip
+from medvae.report.words import GROUPS, OTHER_VERDICT, RESIDUAL_RISKS, SIGNATORIES, VERDICTS, exact, number, sentence
+from medvae.types import SHAREABLE
+
+FRONT_ROWS = 5
+"""Findings of a group on the first two pages; all of them are in the appendix."""
+
+CLAIM_WORDS = {
+    "epsilon": "epsilon",
+    "delta": "delta",
+    "unit": "Unit that is protected",
+    "neighboring": "Neighbouring relation",
+    "accountant": "Accountant",
+    "patients": "Patients",
+    "sample_rate": "Sample rate (q)",
+    "noise_multiplier": "Noise multiplier (σ)",
+    "max_grad_norm": "Clipping norm (C)",
+    "steps": "Steps",
+    "noise_source": "Noise source",
+    "weights_sha256": "Model weights, SHA-256",
+}
+
+
+def audit_view(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrange an audit.json for the template.
+
+    Raises RunError where it is no audit, and PrivacyError where a report that is not marked internal holds
+    a number or figure of provenance "private".
+    """
+    claim, findings = audit.get("claim"), audit.get("findings")
+    if not isinstance(claim, Mapping) or not isinstance(findings, Sequence):
+        raise RunError("this is not an audit.json: it has no claim or no findings, run `medvae audit` again")
+    figures: Mapping[str, Any] = audit.get("figures") or {}
+    internal = audit.get("audience") == "internal"
+    if not internal:
+        _refuse_private([*findings, *figures.values()])
+    pictures = [draw(str(name), figure) for name, figure in figures.items() if isinstance(figure, Mapping)]
+    drawn = [p for p in pictures if p.uri]
+    rows = [_finding(f) for f in findings]
+    decision: Mapping[str, Any] = audit.get("decision") or {}
+    tool: Mapping[str, Any] = audit.get("tool") or {}
+    return {
+        "internal": internal,
+        "created": str(audit.get("created", "")),
+        "tool": f"{tool.get('name', 'medvae')} {tool.get('version', '')}".strip(),
+        "tier": str(audit.get("tier", "")),
+        "decision": _decision(decision),
+        "claim": claim_view(claim),
+        "groups": [_group(key, rows) for key in _group_keys(rows)],
+        "findings": rows,
+        "roc": [p for p in drawn if p.proven][:1],
+        "sheets": [p for p in drawn if p.kind == "images"],
+        "histograms": [p for p in drawn if p.kind == "histogram"],
+        "others": [p for p in drawn if p.kind not in ("images", "histogram")],
+        "undrawn": [p for p in pictures if not p.uri],
+        "not_tested": [str(line) for line in audit.get("not_tested") or ()],
+        "risks": [str(line) for line in audit.get("residual_risks") or RESIDUAL_RISKS],
+        "review_date": str(audit.get("review_date") or decision.get("review_date") or ""),
+        "signatories": [str(line) for line in audit.get("signatories") or SIGNATORIES],
+    }
+
+
+def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrange a certificate.json for the template; raises RunError where it holds no claim."""
+    claim = certificate.get("claim")
+    if not isinstance(claim, Mapping):
+        raise RunError("this is not a certificate.json: it has no claim, run `medvae release` again")
+    shown = {"schema", "created", "tool", "claim", "checks", "plain_words", "reasons", "verify", "title"}
+    tool: Mapping[str, Any] = certificate.get("tool") or {}
+    words = certificate.get("plain_words") or claim.get("plain_words") or ()
+    return {
+        "title": str(certificate.get("title") or "Synthetic medical images"),
+        "created": str(certificate.get("created", "")),
+        "tool": f"{tool.get('name', 'medvae')} {tool.get('version', '')}".strip(),
+        "claim": {**claim_view(claim), "plain_words": [str(line) for line in words]},
+        "checks": [_check(c) for c in certificate.get("checks") or () if isinstance(c, Mapping)],
+        "facts": [pair for k, v in certificate.items() if k not in shown for pair in _flat(sentence(str(k)), v)],
+        "verify": str(certificate.get("verify") or "medvae verify RELEASE"),
+    }
+
+
+def claim_view(claim: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrange a claim: its numbers rounded (never below their value) and with every digit."""
+    epsilon = claim.get("epsilon")
+    rows = [(words, exact_or_text(claim[key])) for key, words in CLAIM_WORDS.items() if key in claim]
+    known = {*CLAIM_WORDS, "mechanisms", "plain_words"}
+    rest = [pair for k, v in claim.items() if k not in known for pair in _flat(sentence(str(k)), v)]
+    return {
+        "private": epsilon is not None,
+        "epsilon": number(epsilon, up=True),
+        "epsilon_exact": exact(epsilon),
+        "delta": number(claim.get("delta"), up=True),
+        "delta_exact": exact(claim.get("delta")),
+        "unit": str(claim.get("unit", "patient")),
+        "neighboring": str(claim.get("neighboring", "")),
+        "accountant": str(claim.get("accountant", "")),
+        "patients": exact(claim.get("patients")),
+        "plain_words": [str(line) for line in claim.get("plain_words") or ()],
+        "rows": rows,
+        "rest": rest,
+        "mechanisms": [_mechanism(m) for m in claim.get("mechanisms") or () if isinstance(m, Mapping)],
+    }
+
+
+def exact_or_text(value: Any) -> str:
+    """Write a value with all its digits, and text without quotes."""
+    return value if isinstance(value, str) else exact(value)
+
+
+def tone(verdict: str) -> str:
+    """Sort a finding's verdict into good, bad or neutral, for its mark and its place."""
+    word = verdict.lower()
+    if any(w in word for w in ("fail", "refut", "invalid", "above", "broken", "leak", "poor", "not ok", "inconclusive")):
+        return "bad"
+    return "good" if any(w in word for w in ("pass", "ok", "good", "consistent", "under", "within", "holds")) else "plain"
+
+
+def _refuse_private(entries: Sequence[Any]) -> None:
+    for entry in entries:
+        given = entry.get("provenance") if isinstance(entry, Mapping) else None
+        if given not in SHAREABLE:
+            raise PrivacyError(
+                f"a public report was about to show something of provenance {given!r}: "
+                "mark the report internal, or leave such entries out"
+            )
+
+
+def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
+    numeric = ("value", "low", "high", "n", "baseline", "control")
+    verdict = str(finding.get("verdict") or "")
+    return {
+        "name": str(finding.get("name", "")),
+        "title": sentence(str(finding.get("name", ""))),
+        "group": str(finding.get("group", "other")),
+        "provenance": str(finding.get("provenance", "")),
+        "verdict": sentence(verdict),
+        "tone": tone(verdict),
+        "strip": strip(finding),
+        "short": {k: number(finding.get(k)) for k in numeric},
+        "exact": {k: exact(finding.get(k)) for k in numeric},
+        "has": {k: finding.get(k) is not None for k in numeric},
+    }
+
+
+def _group_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    present = {str(row["group"]) for row in rows}
+    return [k for k in GROUPS if k in present] + sorted(present - set(GROUPS))
+
+
+def _group(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Arrange one group for the front pages: what went badly comes first and is never left to the appendix."""
+    title, question = GROUPS.get(key, (sentence(key), ""))
+    mine = sorted((r for r in rows if r["group"] == key), key=lambda r: r["tone"] != "bad")
+    bad = sum(r["tone"] == "bad" for r in mine)
+    front = mine[: max(FRONT_ROWS, bad)]
+    return {"title": title, "question": question, "front": front, "more": len(mine) - len(front)}
+
+
+def _decision(decision: Mapping[str, Any]) -> dict[str, Any]:
+    verdict = str(decision.get("verdict") or "NO DECISION")
+    style, mark, meaning = VERDICTS.get(verdict.upper().replace("_", " "), OTHER_VERDICT)
+    reasons = [str(line) for line in decision.get("reasons") or ()]
+    return {"verdict": verdict.replace("_", " "), "style": style, "mark": mark, "meaning": meaning, "reasons": reasons}
+
+
+def _mechanism(mechanism: Mapping[str, Any]) -> dict[str, str]:
+    event: Mapping[str, Any] = mechanism.get("event") or {}
+    row = {k: exact(event.get(k)) for k in ("noise_multiplier", "sample_rate", "count")}
+    return {"name": sentence(str(mechanism.get("name", ""))), "type": sentence(str(event.get("type", ""))), **row}
+
+
+def _check(check: Mapping[str, Any]) -> dict[str, Any]:
+    name = sentence(str(check.get("name", "")))
+    return {"name": name, "ok": check.get("ok") is True, "detail": str(check.get("detail") or "")}
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    """Flatten nested values to rows of a name and a text."""
+    if isinstance(value, Mapping):
+        return [pair for k, v in value.items() for pair in _flat(f"{name}: {sentence(str(k)).lower()}", v)]
+    if isinstance(value, list | tuple):
+        if all(not isinstance(v, Mapping | list | tuple) for v in value):
+            return [(name, ", ".join(exact_or_text(v) for v in value) or "–")]
+        return [pair for i, v in enumerate(value, start=1) for pair in _flat(f"{name} {i}", v)]
+    return [(name, exact_or_text(value))]
