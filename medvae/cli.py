@@ -1,0 +1,369 @@
+"""The command line: one thin function a command, no logic; every default lives in the config models or in the api."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medvae import __version__
+from medvae.console import Console, debugging, fail
+from medvae.errors import MedvaeError
+
+
+def _version(wanted: bool | None) -> None:
+    if wanted:
+        print(f"medvae {__version__}")
+        raise typer.Exit()
+
+
+app = typer.Typer(
+    name="medvae",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Synthetic medical images under patient-level differential privacy, with a certificate anyone can check.",
+    epilog="The whole way once, on an embedded cohort: `medvae demo`. Not affiliated with Stanford's MedVAE.",
+)
+
+Json = Annotated[bool | None, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
+Quiet = Annotated[bool | None, typer.Option("--quiet", "-q", help="No progress and no notes.")]
+Epsilon = Annotated[float, typer.Option("--dp-epsilon", help="Privacy budget of the run; 'inf' for a comparison.")]
+Delta = Annotated[float | None, typer.Option("--dp-delta", help="Default: min(1e-5, 1/(n ln n)) for n patients.")]
+Pipeline = Annotated[Path | None, typer.Option("--pipeline", metavar="FILE.yaml", help="A recipe; see pipelines/.")]
+Version = Annotated[bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")]
+Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an interrupted run; never charged twice.")]
+PublicKey = Annotated[Path | None, typer.Option(help="The signer's Ed25519 public key (PEM), if you know it.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Fixes what is not privacy: splits, initialisation, samples.")]
+
+NUMBER_LISTS = ("--shape", "--spacing-mm")
+DISK = (errno.ENOSPC, errno.EDQUOT)
+RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@app.callback()
+def _root(version: Version = None) -> None:
+    """Say so when a package of the same import name is installed: whichever came last would win."""
+    from medvae.doctor import name_clash
+
+    clash = name_clash()
+    if clash:
+        print(f"medvae: {clash}", file=sys.stderr)
+
+
+@app.command()
+def doctor(as_json: Json = None, quiet: Quiet = None) -> None:
+    """Show versions, devices, optional parts found, name clashes and that telemetry is off.
+
+    Example: `medvae doctor --json`
+    """
+    from medvae import api, words
+
+    with Console(as_json, quiet) as out:
+        result = api.doctor()
+        out.result(result, words.doctor(result))
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Argument(help="DICOM tree, NIfTI, BIDS or nnU-Net folder, .npz, or PNG + CSV.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="COHORT", help="Folder of the cohort to write.")],
+    labels: Annotated[Path | None, typer.Option(help="Table with patient_id and conditions.")] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=LOW:HIGH|a|b]", help="Public; repeat for more: 'age=20:90', 'sex=F|M'."),
+    ] = None,
+    shape: Annotated[str | None, typer.Option(metavar="N N [N]", help="Voxels: 32 48 32, or 32x48x32.")] = None,
+    spacing_mm: Annotated[str | None, typer.Option(metavar="MM MM [MM]", help="Voxel size in mm.")] = None,
+    intensity: Annotated[str | None, typer.Option(help="auto, window or percentile.")] = None,
+    intensity_low: Annotated[float | None, typer.Option(help="Lower end: raw units, or percentile.")] = None,
+    intensity_high: Annotated[float | None, typer.Option(help="Upper end.")] = None,
+    holdout: Annotated[float | None, typer.Option(help="Share of patients kept for the audit.")] = None,
+    split_seed: Annotated[int | None, typer.Option(help="Seed of the split by patient.")] = None,
+    max_scans_per_patient: Annotated[int | None, typer.Option(help="Cap on what one patient may add.")] = None,
+    slice_gap: Annotated[str | None, typer.Option(help="A gap in a series: refuse or skip.")] = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Find scans, group them by patient, preprocess and store them; say by count what was skipped and why.
+
+    Example: `medvae ingest scans/ -o cohort --labels table.csv --condition size_class --shape 32 48 32`
+    """
+    from medvae import api, words
+    from medvae.config import IngestConfig, build
+
+    with Console(as_json, quiet) as out:
+        config = build(
+            IngestConfig,
+            shape=_numbers("--shape", shape),
+            spacing_mm=_numbers("--spacing-mm", spacing_mm),
+            labels=labels,
+            conditions=condition,
+            intensity=intensity,
+            intensity_low=intensity_low,
+            intensity_high=intensity_high,
+            holdout=holdout,
+            split_seed=split_seed,
+            max_scans_per_patient=max_scans_per_patient,
+            slice_gap=slice_gap,
+        )
+        result = api.ingest(source, output, config, progress=out.stage("ingest"))
+        out.result(result, words.ingest(result, output))
+
+
+@app.command()
+def plan(
+    epsilon: Epsilon,
+    cohort: Annotated[Path | None, typer.Argument(help="An ingested cohort.")] = None,
+    patients: Annotated[int | None, typer.Option(help="Instead of a cohort: the number of training patients.")] = None,
+    delta: Delta = None,
+    pipeline: Pipeline = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Show what a run would cost and promise, before it reads a scan: noise, steps, warnings, bounds on attacks.
+
+    Example: `medvae plan --patients 500 --dp-epsilon 8`
+    """
+    from medvae import api, words
+    from medvae.config import TrainConfig, build
+
+    with Console(as_json, quiet) as out:
+        config = build(TrainConfig, dp_epsilon=epsilon, dp_delta=delta, recipe=_recipe(pipeline))
+        result = api.plan(cohort, config, patients=patients)
+        out.result(result, words.plan(result))
+
+
+@app.command()
+def train(
+    epsilon: Epsilon,
+    cohort: Annotated[Path | None, typer.Argument(help="An ingested cohort; without one, embedded phantoms.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")] = None,
+    delta: Delta = None,
+    pipeline: Pipeline = None,
+    resume: Resume = None,
+    budget: Annotated[float | None, typer.Option(help="Set the cohort's total epsilon over all runs.")] = None,
+    seed: Seed = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Train a generator of synthetic scans under patient-level differential privacy.
+
+    Example: `medvae train cohort --dp-epsilon 8 -o run`
+    """
+    from medvae import api, words
+    from medvae.config import TrainConfig, build
+
+    with Console(as_json, quiet) as out:
+        config = build(
+            TrainConfig,
+            dp_epsilon=epsilon,
+            dp_delta=delta,
+            recipe=_recipe(pipeline),
+            seed=seed,
+            threads=threads,
+            device=device,
+        )
+        if cohort is None:
+            out.note("medvae: no cohort given, so this trains on the embedded phantom cohort: no real scan is involved")
+        result = api.train(cohort, output, config, resume=bool(resume), budget=budget, stage=out.stage)
+        out.result(result, words.train(result))
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="REPORT", help="Folder of the report to write.")],
+    tier: Annotated[str | None, typer.Option(help="quick, standard or full.")] = None,
+    seed: Seed = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Measure fidelity, utility and privacy attacks; write an internal and a public report.
+
+    Example: `medvae audit run -o report`
+    """
+    from medvae import api, words
+    from medvae.config import AuditConfig, build
+
+    with Console(as_json, quiet) as out:
+        config = build(AuditConfig, tier=tier, seed=seed)
+        result = api.audit(run, output, config, progress=out.stage("audit"))
+        out.result(result, words.audit(result, output))
+
+
+@app.command()
+def release(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RELEASE", help="Folder of the release to write.")],
+    count: Annotated[int | None, typer.Option(help="How many synthetic scans.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="nifti, dicom, png or npz; repeat for more.")
+    ] = None,
+    conditions: Annotated[Path | None, typer.Option(help="Table of conditions to make, one row a scan.")] = None,
+    report: Annotated[Path | None, typer.Option(help="The audit of this run, to be cited and checked.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the data set.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Ed25519 private key (PEM) to sign with.")] = None,
+    seed: Seed = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Pass the gate and write a synthetic cohort with certificate, checksums and signature.
+
+    Example: `medvae release run -o release --count 200 --format nifti --format dicom`
+    """
+    from medvae import api, words
+    from medvae.config import ReleaseConfig, build
+
+    with Console(as_json, quiet) as out:
+        config = build(
+            ReleaseConfig, count=count, formats=formats, conditions=conditions, title=title, key=key, seed=seed
+        )
+        result = api.release(run, output, config, report=report, progress=out.stage("release"))
+        out.result(result, words.release(result, output))
+
+
+@app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(help="A release folder.")],
+    public_key: PublicKey = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Check a release as a third party: hashes, signature, and epsilon recomputed. No private data needed.
+
+    Example: `medvae verify release`
+    """
+    from medvae import api, words
+
+    with Console(as_json, quiet) as out:
+        result = api.verify(release, public_key=public_key)
+        out.result(result, words.verify(result))
+
+
+@app.command()
+def ledger(
+    cohort: Annotated[Path, typer.Argument(help="An ingested cohort.")],
+    budget: Annotated[float | None, typer.Option(help="Set the total epsilon this cohort may spend.")] = None,
+    delta: Delta = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Show what was spent on a cohort, by which run, and what is left.
+
+    Example: `medvae ledger cohort --budget 10`
+    """
+    from medvae import api, words
+
+    with Console(as_json, quiet) as out:
+        result = api.ledger(cohort, budget=budget, delta=delta)
+        out.result(result, words.ledger(result))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for all the demo makes.")] = None,
+    as_json: Json = None,
+    quiet: Quiet = None,
+) -> None:
+    """Walk the whole way on embedded phantoms: DICOM in, train at epsilon 8, audit, release, verify.
+
+    Example: `medvae demo -o demo`
+    """
+    from medvae import api, words
+
+    with Console(as_json, quiet) as out:
+        result = api.demo(output, stage=out.stage)
+        out.result(result, words.demo(result))
+
+
+def _recipe(path: Path | None) -> Any:
+    from medvae.config import load_recipe
+
+    return None if path is None else load_recipe(path)
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    """Read '32,48,32' or '32x48x32'."""
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(_is_number(part) for part in parts):
+        raise typer.BadParameter("give 2 or 3 numbers, such as 32 48 32 or 32x48x32", param_hint=repr(flag))
+    return tuple(float(part) for part in parts)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def join_numbers(argv: Sequence[str]) -> list[str]:
+    """Turn `--shape 32 48 32` into `--shape 32,48,32`: the parser below takes one value an option.
+
+    >>> join_numbers(["ingest", "scans", "--shape", "32", "48", "32", "-o", "cohort"])
+    ['ingest', 'scans', '--shape', '32,48,32', '-o', 'cohort']
+    """
+    joined: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        joined.append(token)
+        numbers = []
+        while token in NUMBER_LISTS and rest and _is_number(rest[0]):
+            numbers.append(rest.pop(0))
+        if numbers:
+            joined.append(",".join(numbers))
+    return joined
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command and return its exit code: 0 done, 2 bad input, 3 refused for privacy, 1 a defect of ours."""
+    as_json = "--json" in argv
+    try:
+        code = app(args=join_numbers(argv), prog_name="medvae", standalone_mode=False)
+    except MedvaeError as error:
+        return fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except typer.TyperException as error:
+        return fail("UsageError", " ".join(error.format_message().split()), 2, as_json)
+    except OSError as error:
+        if error.errno in DISK:
+            return fail("InputError", "the disk is full: free some space and run the command again", 2, as_json)
+        if error.errno in RIGHTS:
+            return fail(
+                "InputError", f"a file or folder cannot be used ({error.strerror}): check its rights", 2, as_json
+            )
+        return _defect(error, as_json)
+    except Exception as error:
+        return _defect(error, as_json)
+    if code == 130:
+        again = "add --resume to go on where it stopped" if "train" in argv else "run the command again"
+        return fail("Interrupted", f"interrupted, and nothing half-written counts: {again}", 130, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _defect(error: Exception, as_json: bool) -> int:
+    """A bug: name its type only, because its message may quote a path or a header of a patient."""
+    if debugging():
+        import traceback
+
+        traceback.print_exception(error, file=sys.stderr)
+    message = (
+        f"a defect of ours ({type(error).__name__}): set MEDVAE_DEBUG=1 to see the traceback, and please report it"
+    )
+    return fail("Defect", message, 1, as_json)
+
+
+def main() -> None:
+    """Entry point of the `medvae` command."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""What a command says to a person, made from the same object that --json prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+def claim(privacy: Result) -> str:
+    """Say an epsilon as it must always be said: with delta, unit, neighbouring relation and accountant."""
+    epsilon = privacy["epsilon"]
+    about = (
+        f"delta {privacy['delta']:.3g}, unit {privacy['unit']}, {privacy['neighboring']} neighbours, "
+        f"{privacy['accountant'].upper()} accountant"
+    )
+    return f"no differential privacy ({about})" if epsilon is None else f"epsilon {epsilon:.4g} ({about})"
+
+
+def doctor(result: Result) -> list[str]:
+    """Versions, devices, optional parts, problems."""
+    machine = result["machine"]
+    lines = [f"{name} {version or 'MISSING'}" for name, version in result["versions"].items()]
+    lines += ["", f"machine: {machine['system']}, {machine['cores']} cores, {machine['memory_gb']} GB memory"]
+    lines += [f"devices: {', '.join(result['devices']) or 'none: torch is missing'}"]
+    for name, part in result["optional"].items():
+        lines.append(
+            f"optional {name}: {'found' if part['found'] else 'not found, ' + part['install']} ({part['for']})"
+        )
+    lines += [f"telemetry: {result['telemetry']}", ""]
+    return lines + ([f"problem: {problem}" for problem in result["problems"]] or ["no problem found"])
+
+
+def ingest(result: Result, cohort: Path) -> list[str]:
+    """Counts, the split, what was skipped."""
+    shape = " x ".join(str(n) for n in result["spatial_shape"])
+    split = result["split"]
+    held = split["holdout"] if isinstance(split["holdout"], int) else len(split["holdout"])
+    lines = [
+        f"{result['patients']} patients with {result['images']} scans of {shape}, masks: {_yes(result['masks'])}",
+        f"{held} of the patients are held out for the audit",
+    ]
+    for name, about in result["conditions"].items():
+        values = " | ".join(about["classes"]) if "classes" in about else " to ".join(f"{v:g}" for v in about["range"])
+        lines.append(f"condition {name}: {values}")
+    lines += [f"skipped {part['count']}: {part['reason']}" for part in result["skipped"]]
+    return [*lines, f"cohort: {cohort}", f"next: medvae train {cohort} --dp-epsilon 8 -o run"]
+
+
+def plan(result: Result) -> list[str]:
+    """The plan, a table of epsilons, warnings, bounds in words."""
+    lines = [
+        f"{result['patients']} training patients; nothing was read from a scan and nothing is charged",
+        f"asked: {claim(result)}",
+    ]
+    if result["epsilon"] is not None:
+        lines.append(
+            f"steps {result['steps']}, sample rate {result['sample_rate']:.4g}, noise multiplier "
+            f"{result['noise_multiplier']:.4g}, clipping norm {result['max_grad_norm']:g}"
+        )
+        lines += ["", f"noise multiplier by epsilon (at delta {result['delta']:.3g}, same steps, unit and accountant):"]
+        lines += [f"  {row['epsilon']:>6g}  {row['noise_multiplier']:.3f}" for row in result["table"]]
+        lines += ["", "what it means:", *(f"  {line}" for line in result["plain_words"])]
+    return lines + [f"warning: {line}" for line in result["warnings"]]
+
+
+def train(result: Result) -> list[str]:
+    """The claim, what it means, where the run is."""
+    lines = [claim(result), *(f"  {line}" for line in result["plain_words"])]
+    lines += [f"warning: {line}" for line in result.get("warnings", [])]
+    if not result["releasable"]:
+        lines += [f"not releasable: {reason}" for reason in result["reasons"]]
+    run = result["run"]
+    return [*lines, f"run: {run}", f"next: medvae audit {run} -o report; medvae release {run} -o release"]
+
+
+def audit(result: Result, report: Path) -> list[str]:
+    """Each finding beside its baseline and control, the decision, the pages."""
+    lines = []
+    for f in result["findings"]:
+        lines.append(f"{f['group']:<8} {f['name']}: {_interval(f)}{_beside(f)} {f['verdict']}".rstrip())
+    lines.append(f"decision: {_decision(result['decision'])}")
+    return [
+        *lines,
+        f"internal report: {report / 'internal' / 'audit.html'}",
+        f"public: {report / 'public' / 'audit.html'}",
+    ]
+
+
+def release(result: Result, folder: Path) -> list[str]:
+    """What was written, and how others check it."""
+    return [f"release: {folder}", f"anyone can check it: medvae verify {folder}"]
+
+
+def verify(result: Result) -> list[str]:
+    """One line a check."""
+    lines = [f"{'ok' if c['ok'] else 'FAILED':<7} {c['name']}: {c['detail']}" for c in result["checks"]]
+    return [*lines, "verified: the release is what its certificate says" if result["ok"] else "NOT verified"]
+
+
+def ledger(result: Result) -> list[str]:
+    """One line a run, then the sum."""
+    about = f"delta {result['delta']:.3g}, unit patient, add-remove neighbours, PLD accountant"
+    lines = [f"{e['sequence']:>3}  {e['state']:<9} {e['run_id']}  {e['note']}".rstrip() for e in result["events"]]
+    left = "no budget is set" if result["budget"] is None else f"of a budget of {result['budget']:g}"
+    return [*lines, f"{len(lines)} runs spent epsilon {result['spent']:.4g} in all, {left} ({about})"]
+
+
+def demo(result: Result) -> list[str]:
+    """Where everything is."""
+    return [
+        "the cohort is made of phantoms: no real scan is involved",
+        claim(result["privacy"]),
+        f"report:  {result['report']}",
+        f"release: {result['release']} (verified: {_yes(result['verified'])})",
+    ]
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def _interval(finding: Result) -> str:
+    if finding["value"] is None:
+        return "not measured"
+    if finding["low"] is None or finding["high"] is None:
+        return f"{finding['value']:.4g}"
+    return f"{finding['value']:.4g} [{finding['low']:.4g}, {finding['high']:.4g}]"
+
+
+def _beside(finding: Result) -> str:
+    beside = [f"{k} {finding[k]:.4g}" for k in ("baseline", "control") if finding[k] is not None]
+    return f" ({', '.join(beside)})" if beside else ""
+
+
+def _decision(decision: Any) -> str:
+    return (
+        str(decision.get("verdict", decision.get("decision", ""))) if isinstance(decision, Mapping) else str(decision)
+    )
