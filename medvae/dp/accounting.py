@@ -74,7 +74,7 @@ def calibrate_noise(mechanisms: Callable[[float], Sequence[Mechanism]], epsilon:
 
     def excess(log_noise: float) -> float:
         cost = _epsilon(canonical(mechanisms(math.exp(log_noise))), delta, SEARCH_CELLS)
-        return math.log(max(cost, 1e-9) / epsilon)
+        return math.log(min(max(cost, 1e-9), 1e9) / epsilon)
 
     low, high = _bracket(excess, epsilon)
     from scipy.optimize import brentq
@@ -91,8 +91,8 @@ def calibrate_noise(mechanisms: Callable[[float], Sequence[Mechanism]], epsilon:
 def gaussian_noise_for(epsilon: float, delta: float) -> float:
     """Return the noise multiplier of one Gaussian mechanism that is exactly (epsilon, delta)-DP.
 
-    Solves delta = Phi(1/(2s) - epsilon s) - e^epsilon Phi(-1/(2s) - epsilon s) for s, theorem 8 of Balle & Wang
-    2018, "Improving the Gaussian Mechanism for Differential Privacy".
+    Solves `gaussian_delta(s, epsilon) = delta` for s (Balle & Wang 2018, "Improving the Gaussian Mechanism for
+    Differential Privacy", theorem 8).
     """
     check_delta_range(delta)
     if not (math.isfinite(epsilon) and epsilon > 0):
@@ -107,14 +107,36 @@ def gaussian_noise_for(epsilon: float, delta: float) -> float:
     return math.exp(brentq(lambda x: gaussian_delta(math.exp(x), epsilon) - delta, low, high, xtol=1e-14))
 
 
+def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """Return epsilon of one Gaussian mechanism in closed form, at least 0: the inverse of `gaussian_noise_for`."""
+    check_delta_range(delta)
+    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
+        raise ConfigError(f"the noise multiplier is {noise_multiplier}: give a finite number above zero")
+    if gaussian_delta(noise_multiplier, 0.0) <= delta:
+        return 0.0
+    from scipy.optimize import brentq
+
+    high = 1.0
+    while gaussian_delta(noise_multiplier, high) > delta:
+        high *= 2
+    return float(brentq(lambda e: gaussian_delta(noise_multiplier, e) - delta, 0.0, high, xtol=1e-12))
+
+
 def gaussian_delta(noise_multiplier: float, epsilon: float) -> float:
-    """Return delta(epsilon) of one Gaussian mechanism in closed form (Balle & Wang 2018, theorem 8)."""
+    """Return delta of one Gaussian mechanism with noise s in closed form (Balle & Wang 2018, theorem 8).
+
+    delta = Phi(1/(2s) - epsilon s) - e^epsilon Phi(-1/(2s) - epsilon s).
+    """
+    return float(gaussian_deltas(np.asarray(1 / noise_multiplier), np.asarray(epsilon)))
+
+
+def gaussian_deltas(mu: npt.NDArray[np.float64], epsilon: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the closed-form delta for arrays of mu = 1/noise and epsilon that broadcast together."""
     from scipy.special import log_ndtr
 
-    half, shift = 0.5 / noise_multiplier, epsilon * noise_multiplier
-    upper = float(log_ndtr(half - shift))
-    lower = epsilon + float(log_ndtr(-half - shift))
-    return math.exp(upper) * -math.expm1(min(0.0, lower - upper))
+    upper = log_ndtr(mu / 2 - epsilon / mu)
+    lower = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
+    return np.asarray(np.exp(upper) * -np.expm1(np.minimum(0.0, lower - upper)))
 
 
 def dp_event(mechanisms: Sequence[Mechanism]) -> Any:
@@ -228,20 +250,19 @@ def _loss_scale(noise: float, rate: float) -> float:
 
 
 def _bracket(excess: Callable[[float], float], epsilon: float) -> tuple[float, float]:
-    """Return logs of a too small and a large enough noise multiplier."""
-    step = math.log(4)
-    low = high = 0.0
-    while excess(high) > 0:
-        low, high = high, high + step
-        if high > 12 * step:
-            raise ConfigError(
-                f"no noise is enough for epsilon {epsilon:g}: the other stages already cost more; lower their shares"
-            )
-    while low == high or excess(low) <= 0:
-        low, high = low - step, low if low < high else high
+    """Return the logs of a noise multiplier that is too small and of one that is enough, a factor of 4 apart."""
+    step, low = math.log(4), 0.0
+    while excess(low) <= 0:
+        low -= step
         if low < -8 * step:
-            raise ConfigError(f"epsilon {epsilon:g} is so large that it needs no noise: ask for 'inf' and say so")
-    return low, high
+            raise ConfigError(f"epsilon {epsilon:g} is so large that it asks for no noise: give 'inf' and say so")
+    while excess(low + step) > 0:
+        low += step
+        if low > 12 * step:
+            raise ConfigError(
+                f"no noise is enough for epsilon {epsilon:g}: the other stages already cost as much; lower their shares"
+            )
+    return low, low + step
 
 
 def _round_up(value: float) -> float:

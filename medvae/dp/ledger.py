@@ -177,7 +177,9 @@ class Ledger:
         """
         entries = self.events()
         budget = _budget(entries)
-        return None if budget is None else max(0.0, budget.epsilon - pld_epsilon(_charged(entries), budget.delta))
+        if budget is None:
+            return None
+        return max(0.0, round(budget.epsilon - pld_epsilon(_charged(entries), budget.delta), 6))
 
     def verify_chain(self, receipts: Iterable[Receipt] = ()) -> tuple[Entry, ...]:
         """Check every digest, the head, and that each given receipt is here; returns all rows.
