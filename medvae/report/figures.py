@@ -116,8 +116,8 @@ def _plot(kind: str, data: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     painters: dict[str, tuple[Callable[[Axes, Mapping[str, Any]], None], tuple[float, float]]] = {
-        "curve": (_curve, (3.5, 2.75)),
-        "histogram": (_histogram, (2.5, 1.75)),
+        "curve": (_curve, (3.5, 2.6)),
+        "histogram": (_histogram, (2.5, 1.45)),
         "bars": (_bars, (3.5, 0.55 + 0.24 * len(_bar_rows(data)) if kind == "bars" else 2.0)),
     }
     if kind not in painters:
@@ -146,8 +146,13 @@ def _curve(axes: Axes, data: Mapping[str, Any]) -> None:
     if log:
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlim(min(v for _, x, _ in series for v in x), max(v for _, x, _ in series for v in x))
-        axes.set_ylim(min(v for _, _, y in series for v in y), 1.0)
+        lowest, highest = min(v for _, x, _ in series for v in x), max(v for _, x, _ in series for v in x)
+        if highest <= 1.0:
+            axes.plot([lowest, highest], [lowest, highest], color=GREY, linestyle=":", linewidth=0.9)
+        axes.set_xlim(lowest, highest)
+        axes.set_ylim(
+            min(lowest, *(v for _, _, y in series for v in y)), max(1.0, *(v for _, _, y in series for v in y))
+        )
     axes.set_xlabel(_label(data.get("x_label", "")))
     axes.set_ylabel(_label(data.get("y_label", "")))
     axes.legend(loc="lower right" if log else "best")

@@ -10,7 +10,7 @@ from medvae.report.figures import draw, strip
 from medvae.report.words import GROUPS, OTHER_VERDICT, RESIDUAL_RISKS, SIGNATORIES, VERDICTS, exact, number, sentence
 from medvae.types import SHAREABLE
 
-FRONT_ROWS = 5
+FRONT_ROWS = 4
 """Findings of a group on the first two pages; all of them are in the appendix."""
 
 CLAIM_WORDS = {
@@ -118,9 +118,15 @@ def exact_or_text(value: Any) -> str:
 def tone(verdict: str) -> str:
     """Sort a finding's verdict into good, bad or neutral, for its mark and its place."""
     word = verdict.lower()
-    if any(w in word for w in ("fail", "refut", "invalid", "above", "broken", "leak", "poor", "not ok", "inconclusive")):
+    if any(
+        w in word for w in ("fail", "refut", "invalid", "above", "broken", "leak", "poor", "not ok", "inconclusive")
+    ):
         return "bad"
-    return "good" if any(w in word for w in ("pass", "ok", "good", "consistent", "under", "within", "holds")) else "plain"
+    return (
+        "good"
+        if any(w in word for w in ("pass", "ok", "good", "consistent", "under", "within", "holds"))
+        else "neutral"
+    )
 
 
 def _refuse_private(entries: Sequence[Any]) -> None:

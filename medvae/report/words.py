@@ -42,17 +42,18 @@ def exact(value: Any) -> str:
 
 def sentence(name: str) -> str:
     """Turn the name of a finding or figure into words: `white_box_auc` becomes `White box AUC`."""
-    words = [_ACRONYMS.get(word.lower(), word) for word in name.replace("_", " ").split()]
-    text = " ".join(words)
+    text = " ".join(_SPELLING.get(word.lower(), word) for word in name.replace("_", " ").split())
+    text = text.replace("MS SSIM", "MS-SSIM")
     return text[:1].upper() + text[1:]
 
 
-_ACRONYMS = {
+_SPELLING = {
     word.lower(): word
     for word in (
-        "AUC", "TPR", "FPR", "ROC", "MS-SSIM", "SSIM", "ELBO", "GLCM", "DP", "FID", "KID", "IoU", "CT", "MR", "VAE",
+        "AUC", "TPR", "FPR", "ROC", "MS", "SSIM", "ELBO", "GLCM", "DP", "FID", "KID", "IoU", "CT", "MR", "VAE", "GDP",
+        "SHA256", "Wasserstein", "Dice", "Gaussian", "Poisson", "Croissant", "DICOM", "NIfTI", "ID", "URL",
     )
-}  # fmt: skip
+} | {"frechet": "Fréchet", "dpsgd": "DP-SGD", "sha256": "SHA-256"}  # fmt: skip
 
 VERDICTS = {
     "RELEASE": (
@@ -88,15 +89,11 @@ GROUPS = {
 }
 
 RESIDUAL_RISKS = (
-    "A patient whose scans were filed under two identifiers counts as two units and is protected less than stated.",
-    "The proof limits what is learned because one patient took part. What is true of the whole group (for instance "
-    "that a disease changes a shape) can still be learned, and is meant to be.",
-    "The proof holds if the programme was built and run as described. Tests can find faults; they cannot show that "
-    "there are none.",
-    "Every further release from the same patients adds to what an attacker may combine. The privacy ledger keeps "
-    "the total.",
-    "Synthetic scans can carry the errors and the biases of the cohort. They are for research and never for the care "
-    "of a patient.",
+    "A patient filed under two identifiers counts as two and is protected less than stated.",
+    "What is true of the whole group of patients can still be learned, and is meant to be.",
+    "The proof holds if the programme was built and run as described.",
+    "Each further release from the same patients adds to what an attacker may combine.",
+    "Synthetic scans carry the cohort's errors and biases: for research, never for care.",
 )
 
 SIGNATORIES = ("Data steward", "Data protection officer", "Clinical lead", "Chair of the board")
