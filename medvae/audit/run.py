@@ -1,0 +1,182 @@
+"""The audit of one run: material, parts, decision, and two reports kept apart by provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from medvae.audit.case import EFFORTS, Case, Figure, Part, plain
+from medvae.audit.claim import claim_part, internal_decision, make_claim, public_decision, read_privacy
+from medvae.audit.material import MAX_ELEMENTS, Scans, Store, load_scans, synthetic_scans
+from medvae.config import AuditConfig
+from medvae.errors import RunError
+from medvae.types import SHAREABLE, ImageSpace, ModelRelease, Progress
+
+SCHEMA = "medvae.audit/1"
+NOT_TESTED = (
+    "whether the code does what the claim says (one-run canary audit): verify the release and read the code",
+    "attacks calibrated by shadow models (LiRA, RMIA), which are stronger than the ones here",
+    "attackers with the synthetic scans alone (density ratios), who are weaker than the one here with the weights",
+    "attribute inference, linkability and singling out by their own attacks; the proof bounds them all",
+    "what several releases of one cohort reveal together: the ledger adds them up, the attacks see one",
+    "whether a clinician finds the scans plausible or useful",
+)
+
+
+def audit(run: Path, out: Path, config: AuditConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Audit a finished run and write OUT/internal/audit.json and OUT/public/audit.json; return the internal one.
+
+    The public report holds only what the claim says and what the released model alone shows; it does not depend on
+    a single real scan, which tests/audit/test_audit_run.py checks byte by byte.
+
+    Raises RunError where `run` is no finished run, its cohort is gone or was edited since training, or `out` is not
+    empty.
+    """
+    from medvae.synth.staging import staged_folder
+    from medvae.synth.store import read_release
+
+    tell = progress or (lambda done, total: None)
+    with staged_folder(out) as folder:
+        privacy = read_privacy(run)
+        release = read_release(run / "model")
+        store = open_store(run, privacy, release.space)
+        case = _material(release, store, make_claim(privacy, release.card), config, tell)
+        parts = _measure(case, tell)
+        internal, public = reports(case.claim, parts, config)
+        for name, report in (("internal", internal), ("public", public)):
+            (folder / name).mkdir()
+            text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+            (folder / name / "audit.json").write_text(text + "\n", encoding="utf-8")
+    tell(STEPS, STEPS)
+    return internal
+
+
+STEPS = 100
+
+
+def open_store(run: Path, privacy: Mapping[str, Any], space: ImageSpace) -> Store:
+    """Open the cohort a run was trained on.
+
+    Raises RunError where it cannot be found, is of another shape, or is not what the model was trained on.
+    """
+    from medvae.errors import CohortError
+    from medvae.vault.store import open_cohort
+
+    try:
+        path = Path(json.loads((run / "private" / "run.json").read_text(encoding="utf-8"))["cohort"])
+        store = cast(Store, open_cohort(path).reveal())
+    except (OSError, ValueError, KeyError, TypeError, CohortError):
+        raise RunError("the cohort of this run cannot be opened: audit on the machine where it was trained") from None
+    if store.space != space:
+        raise RunError("the cohort has another shape or other conditions than the model: audit the run that it trained")
+    if store.fingerprint() != privacy["fingerprint"]:
+        raise RunError("the cohort was edited since this run was trained on it: restore it, or train again")
+    return store
+
+
+def _material(
+    release: ModelRelease, store: Store, claim: Mapping[str, Any], config: AuditConfig, tell: Progress
+) -> Case:
+    effort = EFFORTS[config.tier]
+    train, holdout = (
+        load_scans(store, split, effort.patients, effort.scans, _rng(config, stream))
+        for stream, split in ((11, "train"), (12, "holdout"))
+    )
+    tell(5, STEPS)
+    made = _synthetic(release, config, lambda done, total: tell(5 + 20 * done // total, STEPS))
+    # Without a claim that holds, what the model makes is as private as the scans it saw.
+    protected = claim["epsilon"] is not None and bool(claim["releasable"])
+    return Case(release, claim, config, train, holdout, made, "dp" if protected else "private")
+
+
+def _rng(config: AuditConfig, stream: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng([config.seed, stream])
+
+
+def _synthetic(release: ModelRelease, config: AuditConfig, tell: Progress) -> Scans:
+    """Make the cohort that is judged: conditions spread evenly, no real label histogram involved."""
+    import math
+
+    from medvae.synth.sample import generate, spread_conditions
+
+    space = release.space
+    count = min(config.synthetic, max(2, MAX_ELEMENTS // (space.channels * math.prod(space.spatial_shape))))
+    rows = spread_conditions(space, count, config.seed)
+    return synthetic_scans(generate(release, rows, config.seed, progress=tell))
+
+
+def _measure(case: Case, tell: Progress) -> list[Part]:
+    from medvae.audit.privacy import privacy_part
+    from medvae.audit.quality import fidelity_part, utility_part
+
+    stages: Sequence[tuple[Callable[[], Part], int]] = (
+        (lambda: claim_part(case.claim), 28),
+        (lambda: fidelity_part(case), 45),
+        (lambda: utility_part(case), 80),
+        (lambda: privacy_part(case), 99),
+    )
+    parts = []
+    for measure, done in stages:
+        parts.append(measure())
+        tell(done, STEPS)
+    return parts
+
+
+def reports(
+    claim: Mapping[str, Any], parts: Sequence[Part], config: AuditConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the internal and the public report; the public one is built from shareable things alone."""
+    from medvae import __version__
+
+    findings = [f for part in parts for f in part.findings]
+    figures: dict[str, Figure] = {k: v for part in parts for k, v in part.figures.items()}
+    notes: dict[str, Any] = {k: v for part in parts for k, v in part.notes.items()}
+    open_decision = public_decision(claim)
+    head = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tool": {"name": "medvae-dp", "version": __version__},
+        "tier": config.tier,
+        "settings": config.model_dump(mode="json"),
+        "claim": dict(claim),
+        "not_tested": list(NOT_TESTED),
+    }
+    internal = head | {
+        "audience": "internal",
+        "findings": [plain(f.to_json()) for f in findings],
+        "figures": {k: v.to_json() for k, v in figures.items()},
+        "summary": [*_proof_in_words(claim), *_attack_in_words(notes)],
+        "decision": internal_decision(open_decision, notes),
+    }
+    public = head | {
+        "audience": "public",
+        "findings": [plain(f.to_json()) for f in findings if f.provenance in SHAREABLE],
+        "figures": {k: v.to_json() for k, v in figures.items() if v.provenance in SHAREABLE},
+        "summary": [
+            *_proof_in_words(claim),
+            "Attacks on real patients were run; their results describe patients and stay in the internal report.",
+        ],
+        "decision": open_decision,
+    }
+    return internal, public
+
+
+def _proof_in_words(claim: Mapping[str, Any]) -> list[str]:
+    words = [str(line) for line in claim.get("plain_words", [])]
+    return [*words, "A passed audit is no proof; the proof is the mathematics, if built as described."]
+
+
+def _attack_in_words(notes: Mapping[str, Any]) -> list[str]:
+    state, area = str(notes["membership"]), notes.get("auc")
+    if area is None:
+        return [f"The membership attack gave no number: {notes.get('reason', state)}."]
+    said = (
+        f"The white-box attack tells a member from a non-member in {100 * area.value:.0f} % of pairs "
+        f"({100 * area.low:.0f} to {100 * area.high:.0f} %; a coin: 50 %)."
+    )
+    return [said] if state == "measured" else [f"{said} But this result is {state}."]
