@@ -145,7 +145,7 @@ def explain(error: ValidationError) -> ConfigError:
     return ConfigError(f"{where}: {message} (given: {str(first['input'])[:80]!r})")
 
 
-def build(model: type[Any], **values: Any) -> Any:
+def build(model: type[Any], /, **values: Any) -> Any:
     """Build a config from the values that are not None, with errors in one sentence."""
     try:
         return model(**{k: v for k, v in values.items() if v is not None})

@@ -45,7 +45,8 @@ class FiLM(nn.Module):
         gamma: Tensor
         gamma, beta = self.project(condition).chunk(2, dim=1)
         shape = gamma.shape + (1,) * (h.dim() - 2)
-        return h * (1 + gamma.view(shape)) + beta.view(shape)
+        modulated: Tensor = h * (1 + gamma.view(shape)) + beta.view(shape)
+        return modulated
 
 
 class Encoder(nn.Module):

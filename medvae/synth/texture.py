@@ -27,6 +27,7 @@ Matrices = npt.NDArray[np.float64]
 # Probabilities below this are noise of the released means, spread over the whole field of view.
 FAINT = 0.04
 SURE = 0.995
+SMOOTHER = 1.5
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ def make_texture(spectrum: Array, explained: Array, spatial_shape: tuple[int, ..
     shell = shells(spatial_shape)
     left = np.asarray(spectrum, dtype=np.float64)
     masks = left[:, 1:, 1:]
-    ridge = 1e-6 * np.eye(masks.shape[1]) + 0.1 * np.einsum("sii->si", masks)[:, :, None] * np.eye(masks.shape[1])
+    count = np.bincount(shell.ravel(), minlength=len(left))
+    voxel_variance = (np.einsum("sii->si", masks) * count[:, None]).sum(0) / shell.size
+    # The ridge is the masks' own variance a voxel, as if it were white: shells that hold less have no slope to trust.
+    ridge = np.diag(np.maximum(voxel_variance, 1e-6))
     slope = np.linalg.solve(masks + ridge, left[:, 1:, :1])[:, :, 0] if masks.shape[1] else np.zeros((len(left), 0))
     given = left[:, 0, 0] - np.einsum("sm,sm->s", slope, left[:, 1:, 0]) - np.asarray(explained)[:, 0, 0]
-    power = np.maximum(np.einsum("sii->si", masks - np.asarray(explained)[:, 1:, 1:]), 0.0)
-    count = np.bincount(shell.ravel(), minlength=len(left))
+    # A field is smoother than the mask it cuts out, whose sharp edges fill the high frequencies.
+    power = np.maximum(np.einsum("sii->si", masks - np.asarray(explained)[:, 1:, 1:]), 0.0) ** SMOOTHER
     total = (power * count[:, None]).sum(0) / shell.size
     unit = np.sqrt(power / np.where(total > 0, total, 1.0))
     return Texture(shell, unit, np.sqrt(np.maximum(given, 0.0)), slope)
