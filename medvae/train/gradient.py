@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -107,8 +108,9 @@ class FunctorchSampler:
         """Take the per-scan gradients (B, *shape) off the parameters and forget the plain gradients."""
         found = []
         for name, parameter in zip(self._names, self._parameters, strict=True):
-            sample, plain = parameter.grad_sample, parameter.grad
-            parameter.grad_sample, parameter.grad = None, None
+            sample, plain = getattr(parameter, "grad_sample", None), parameter.grad
+            setattr(parameter, "grad_sample", None)  # noqa: B010 -- Opacus's attribute, unknown to torch's types
+            parameter.grad = None
             if sample is None and plain is not None:
                 raise ConfigError(
                     f"no gradient by patient can be taken of parameter {name!r}: use its layer through its own forward"
@@ -160,7 +162,7 @@ def micro_batches(patient: np.ndarray, max_scans: int) -> Iterator[slice]:
     """
     edges = np.flatnonzero(np.diff(patient, prepend=patient[:1] - 1, append=patient[-1:] + 1))
     start = 0
-    for previous, edge in zip(edges[:-1], edges[1:], strict=True):
+    for previous, edge in pairwise(edges):
         if edge - start > max_scans and previous > start:
             yield slice(start, int(previous))
             start = int(previous)
@@ -230,7 +232,7 @@ def _compare(names: list[str], found: list[Tensor], expected: list[Tensor], faul
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors]).norm()
+    return torch.as_tensor(torch.linalg.vector_norm(torch.cat([t.flatten() for t in tensors])))
 
 
 def max_scans_per_micro_batch(model: nn.Module, batch: Batch, latent: Tensor, budget: int = MICRO_BATCH_BYTES) -> int:

@@ -107,7 +107,12 @@ def test_equals_a_plain_loop_over_patients(
 @pytest.mark.parametrize("shape", [(8, 12), (6, 8, 4)])
 def test_equals_a_plain_loop_on_the_conditional_vae(shape: tuple[int, ...]) -> None:
     space = ImageSpace(
-        shape, (1.0,) * len(shape), "MR", Intensity("percentile", 1, 99), (Condition("side", "class", ("a", "b")),), (1,)
+        shape,
+        (1.0,) * len(shape),
+        "MR",
+        Intensity("percentile", 1, 99),
+        (Condition("side", "class", ("a", "b")),),
+        (1,),
     )
     torch.manual_seed(1)
     model = ConditionalVAE(space, ModelConfig(latent_dim=LATENT, channels=(4, 8)))

@@ -1,0 +1,254 @@
+"""The DP-SGD loop: draw patients, take a private step, average the weights, leave a state to resume from.
+
+On a crash the steps since the last checkpoint are lost and taken again with fresh draws. That costs nothing: the
+plan charges `steps` releases, what is released is one trajectory of `steps` steps, and of the lost ones nothing left
+the process but a line in the private log. (Whoever reads that log and stops a run for what it says makes a choice by
+private data, as with choosing a seed by validation loss; the log is there for finding faults.)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medvae.config import DpSgdConfig
+from medvae.errors import RunError
+from medvae.train.checkpoint import load_checkpoint, save_checkpoint
+from medvae.train.gradient import (
+    FunctorchSampler,
+    GradSampler,
+    PlainSampler,
+    StepStats,
+    check_sampler,
+    max_scans_per_micro_batch,
+)
+from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_optimizer, rate_factor
+from medvae.train.randomness import Randomness
+from medvae.train.sampler import PatientSampler
+from medvae.types import Batch, ImageSpace, Mechanism, PrivacyPlan, Progress
+
+STAGE = "dpsgd"
+CHECKPOINT = "checkpoint"
+LOG = "losses.jsonl"
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+def train_dpsgd(
+    model: nn.Module,
+    sampler: PatientSampler,
+    plan: PrivacyPlan,
+    config: DpSgdConfig,
+    latent_dim: int,
+    *,
+    randomness: Randomness,
+    folder: Path,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> None:
+    """Train `model` in place for `plan.steps` steps; it ends with the averaged weights.
+
+    Guarantee: `plan.steps` Poisson-sampled Gaussian mechanisms at `plan.sample_rate` with `plan.noise_multiplier`,
+    unit patient, add/remove. Without noise in the plan nothing is clipped either: a run for comparison.
+
+    folder: the run's private folder, for checkpoints and the log. on_step sees private statistics. Resumes where a
+    checkpoint is found. Ctrl-C writes one, then raises KeyboardInterrupt. Raises RunError for a checkpoint of
+    another plan, or a broken one; ConfigError for a model that cannot be trained by patient.
+    """
+    engine = make_engine(model, plan, latent_dim, sampler.store.space)
+    optimizer = PatientDPOptimizer(
+        inner_optimizer(engine.parameters, _learning_rate(config)),
+        engine,
+        noise_multiplier=plan.noise_multiplier,
+        max_grad_norm=plan.max_grad_norm,
+        expected_patients=sampler.expected_patients,
+    )
+    average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    start = _restore(folder, model, average, optimizer, plan)
+    _keep_log_before(folder / LOG, start)
+
+    with deferred_interrupt() as interrupted, (folder / LOG).open("a", encoding="utf-8") as log:
+        for step in range(start, plan.steps):
+            source = randomness.source(STAGE, step)
+            batch = sampler.load(sampler.draw(source))
+            latent = torch.randn(len(batch.patient), latent_dim, generator=randomness.latent(STAGE, step))
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(config) * rate_factor(step, plan.steps)
+
+            stats = optimizer.step_on(batch, latent, source)
+            average_weights(average, model, step, config.average_decay)
+
+            line = _summary(stats.reveal())
+            log.write(
+                json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in line.items()}}) + "\n"
+            )
+            log.flush()
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == plan.steps or interrupted():
+                _save(folder, model, average, optimizer, plan, done)
+            if on_step is not None:
+                on_step(step, line)
+            if progress is not None:
+                progress(done, plan.steps)
+            if interrupted():
+                raise KeyboardInterrupt
+
+    _set_weights(model, average)
+
+
+def make_engine(model: nn.Module, plan: PrivacyPlan, latent_dim: int, space: ImageSpace) -> GradSampler:
+    """Return the gradient engine for a model, checked on made-up scans against plain autograd."""
+    batch, latent = made_up_scans(space, latent_dim)
+    limit = max_scans_per_micro_batch(model, batch, latent)
+    if not plan.private:
+        return PlainSampler(model, max_scans=limit)
+    # Layers that start at zero hide others from the check, so it runs on a copy moved off its start.
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    probe = FunctorchSampler(copy.deepcopy(moved), max_grad_norm=plan.max_grad_norm, max_scans=limit)
+    check_sampler(probe, moved, batch, latent)
+    return FunctorchSampler(model, max_grad_norm=plan.max_grad_norm, max_scans=limit)
+
+
+def made_up_scans(space: ImageSpace, latent_dim: int) -> tuple[Batch, Tensor]:
+    """Return three random scans of two patients, made of nothing private, and their latent draws."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(3, space.channels, *space.spatial_shape, generator=generator)
+    condition = 2 * torch.rand(3, space.condition_width, generator=generator) - 1
+    patient = torch.tensor([0, 0, 1])
+    return Batch(x.numpy(), condition.numpy(), patient.numpy()), torch.randn(3, latent_dim, generator=generator)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C wait for the step in progress: yields whether one came. A second Ctrl-C does not wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def handler(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _learning_rate(config: DpSgdConfig) -> float:
+    if config.learning_rate is None:
+        raise RunError("the learning rate is not chosen yet: resolve the recipe first")
+    return config.learning_rate
+
+
+def _summary(stats: StepStats) -> dict[str, float]:
+    norm = float(stats.norms.median()) if len(stats.norms) else math.nan
+    return {
+        "loss": stats.loss,
+        "patients": float(len(stats.norms)),
+        "scans": float(stats.scans),
+        "clipped": stats.clipped,
+        "median_norm": norm,
+    }
+
+
+def _json_line(values: Mapping[str, float]) -> str:
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
+
+
+def _facts(plan: PrivacyPlan, step: int) -> dict[str, Any]:
+    """Return what the checkpoint says of itself: how far it is, and what was spent to get there."""
+    spent = [m for m in plan.mechanisms if m.name != STAGE]
+    if step:
+        spent.append(Mechanism(STAGE, plan.noise_multiplier, plan.sample_rate, step))
+    return {
+        "schema": "medvae.checkpoint/1",
+        "step": step,
+        "steps": plan.steps,
+        "noise_multiplier": plan.noise_multiplier,
+        "max_grad_norm": plan.max_grad_norm,
+        "sample_rate": plan.sample_rate,
+        "patients": plan.patients,
+        "spent": [m.to_json() for m in spent],
+    }
+
+
+def _save(
+    folder: Path,
+    model: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizer: PatientDPOptimizer,
+    plan: PrivacyPlan,
+    step: int,
+) -> None:
+    tensors: dict[str, Tensor] = {f"weights/{n}": p for n, p in model.named_parameters() if n in average}
+    tensors |= {f"average/{n}": t for n, t in average.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
+    save_checkpoint(folder, CHECKPOINT, tensors, _facts(plan, step))
+
+
+def _restore(
+    folder: Path, model: nn.Module, average: dict[str, Tensor], optimizer: PatientDPOptimizer, plan: PrivacyPlan
+) -> int:
+    """Load the checkpoint, where there is one, into the three and return the next step."""
+    found = load_checkpoint(folder, CHECKPOINT)
+    if found is None:
+        return 0
+    tensors, facts = found
+    step = int(facts.get("step", -1))
+    if not 0 <= step <= plan.steps or facts != {**facts, **_facts(plan, step)}:
+        raise RunError("the checkpoint is of another plan: resume with the settings of the first start")
+    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition("/")
+        groups.setdefault(group, {})[rest] = tensor
+    if groups["weights"].keys() != average.keys() or groups["average"].keys() != average.keys():
+        raise RunError("the checkpoint does not fit the model: resume with the settings of the first start")
+    _set_weights(model, groups["weights"])
+    for name, tensor in groups["average"].items():
+        average[name].copy_(tensor)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in groups["optimizer"].items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return step
+
+
+def _set_weights(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
+
+
+def _keep_log_before(path: Path, step: int) -> None:
+    """Drop log lines of steps that a crash undid, and a last line it tore."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,103 @@
+"""The plan of a run: recipe, mechanisms, epsilon and warnings, all from public numbers and before any scan is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from medvae.config import Recipe, TrainConfig
+from medvae.dp.accounting import pld_epsilon
+from medvae.dp.delta import check_delta, default_delta
+from medvae.dp.staging import DPSGD, plan_stages
+from medvae.nets.build import build_model
+from medvae.train.rule import moment_shares, resolve
+from medvae.types import ImageSpace, Mechanism, PrivacyPlan
+
+FEW_PATIENTS = 200
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A resolved recipe, what it charges, and what to expect of it. Public.
+
+    parameters: how many DP-SGD trains; warnings: plain sentences for whoever starts the run.
+    """
+
+    recipe: Recipe
+    privacy: PrivacyPlan
+    parameters: int
+    warnings: tuple[str, ...]
+
+
+def make_plan(patients: int, space: ImageSpace, config: TrainConfig) -> TrainPlan:
+    """Plan a run on a cohort of `patients` training patients.
+
+    All stages together are (epsilon, delta)-DP with epsilon at most `config.dp_epsilon`, by PLD, unit patient,
+    add/remove. Raises ConfigError for a delta at or above 1/patients and for stages that leave each other nothing.
+    """
+    delta = default_delta(patients) if config.dp_delta is None else config.dp_delta
+    warnings = check_delta(delta, patients)
+    recipe = resolve(config.recipe, patients, space)
+    mechanisms = plan_stages(config.dp_epsilon, delta, moment_shares(recipe, patients), _sgd(recipe))
+    privacy = _privacy_plan(patients, delta, recipe, mechanisms)
+    model = build_model(space, recipe)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if recipe.dpsgd.enabled else 0
+    warnings += cohort_warnings(privacy, parameters)
+    return TrainPlan(recipe, privacy, parameters, tuple(warnings))
+
+
+def cohort_warnings(plan: PrivacyPlan, parameters: int) -> list[str]:
+    """Say in plain words how little can be learned, where that is so: noise against the largest possible signal.
+
+    The sum of clipped gradients over all steps has length at most q n C T; the noise in it has length
+    sigma C sqrt(P T). A noisy mean over n patients has noise z/n a coordinate, in units of the clip.
+    """
+    if not plan.private:
+        return ["trained without privacy, for comparison only: this run can never be released"]
+    warnings = []
+    if plan.patients < FEW_PATIENTS:
+        warnings.append(
+            f"the cohort has {plan.patients} training patients, which is few: at epsilon {plan.epsilon:.3g} a model "
+            "can learn what they have on average and hardly how they differ; expect blurred, much alike images, and "
+            "check the utility in the audit before any use"
+        )
+    if plan.steps and parameters:
+        drawn = plan.sample_rate * plan.patients
+        ratio = plan.noise_multiplier * math.sqrt(parameters) / (drawn * math.sqrt(plan.steps))
+        if ratio > 1:
+            warnings.append(
+                f"DP-SGD: over all {plan.steps} steps the noise on {parameters:,} parameters is {ratio:.1f} times as "
+                "long as the longest signal the patients could give: more patients, a smaller model or a larger "
+                "epsilon would help, more steps would not"
+            )
+    means = [m.noise_multiplier for m in plan.mechanisms if m.name == "means"]
+    if means and means[0] / plan.patients > 0.05:
+        warnings.append(
+            f"private means: each of their numbers carries noise of {100 * means[0] / plan.patients:.0f} % of the "
+            "largest scan's length, so only their coarsest features will show"
+        )
+    return warnings
+
+
+def _sgd(recipe: Recipe) -> tuple[float, int] | None:
+    config = recipe.dpsgd
+    if not config.enabled or config.sample_rate is None or config.steps is None:
+        return None
+    return config.sample_rate, config.steps
+
+
+def _privacy_plan(patients: int, delta: float, recipe: Recipe, mechanisms: tuple[Mechanism, ...]) -> PrivacyPlan:
+    sgd = [m for m in mechanisms if m.name == DPSGD]
+    others = [m.noise_multiplier for m in mechanisms if m.name != DPSGD]
+    # Without DP-SGD the headline noise is that of the one Gaussian the other stages compose to (Dong et al. 2022).
+    together = 0.0 if 0.0 in others or not others else sum(z**-2 for z in others) ** -0.5
+    return PrivacyPlan(
+        epsilon=pld_epsilon(mechanisms, delta),
+        delta=delta,
+        patients=patients,
+        sample_rate=sgd[0].sample_rate if sgd else 1.0,
+        noise_multiplier=sgd[0].noise_multiplier if sgd else together,
+        max_grad_norm=recipe.dpsgd.max_grad_norm if sgd else 1.0,
+        steps=sgd[0].count if sgd else 0,
+        mechanisms=mechanisms,
+    )

@@ -1,0 +1,282 @@
+"""One training run, from a cohort folder to a run folder that holds a released model and its claim.
+
+The order is the privacy argument. The plan is fixed from public numbers; `run.json` is written with the run's id; the
+ledger is charged for all of the plan; only then is a scan read. Each stage leaves what resuming needs:
+
+    private/run.json         the run's id: resumed, it gets the same receipt and never a second charge
+    private/moments.json     the closed-form stage is done and never read from again
+    private/checkpoint.json  so many steps are done
+    model/, privacy.json     finished; privacy.json is written last
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medvae.config import TrainConfig
+from medvae.dp.ledger import Ledger, Receipt
+from medvae.errors import BudgetExceeded, ConfigError, RunError
+from medvae.nets.build import build_model, make_card, state_arrays
+from medvae.nets.cvae import ConditionalVAE
+from medvae.synth.store import write_release
+from medvae.train.checkpoint import load_checkpoint, save_checkpoint, write_json
+from medvae.train.claim import SCHEMA, privacy_claim
+from medvae.train.loop import OnStep, train_dpsgd
+from medvae.train.moments import RELEASES, MomentShapes, fit_moments
+from medvae.train.planning import TrainPlan, make_plan
+from medvae.train.randomness import Randomness, make_randomness
+from medvae.train.sampler import PatientSampler
+from medvae.types import ModelRelease, Progress
+from medvae.vault.store import CohortStore, open_cohort
+
+RUN_SCHEMA = "medvae.run/1"
+MOMENTS = "moments"
+# May differ between a start and a resume: they change how fast a run is and not what it does.
+FREE_TO_CHANGE = {"threads", "device"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The run folder and what its run.json says. `run_id` is what the ledger knows the run by."""
+
+    path: Path
+    run_id: str
+
+    @property
+    def private(self) -> Path:
+        """Everything that must not leave."""
+        return self.path / "private"
+
+
+def train(
+    cohort: Path,
+    out: Path,
+    config: TrainConfig,
+    resume: bool = False,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """Train on a cohort and return what RUN/privacy.json holds.
+
+    Guarantee: the model in RUN/model is (epsilon, delta)-DP as privacy.json states it, for the unit patient under
+    add/remove; all that was charged to the cohort's ledger before the first scan was read. Other files of the run
+    are private. on_step sees private statistics.
+
+    Raises RunError for an `out` in use, of another version, or (with `resume`) of other settings; ConfigError for
+    settings that cannot work; BudgetExceeded, with nothing left behind, where the ledger has no room. Ctrl-C leaves
+    a state that `resume` continues.
+    """
+    store: CohortStore = open_cohort(cohort).reveal()
+    if finished := _finished(out, config, store, resume):
+        return finished
+    patients = store.patients("train")
+    plan = make_plan(len(patients), store.space, config)
+    device = _device(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+    ledger = Ledger(cohort / "ledger.db")
+    with _open_run(cohort, out, config, store, resume=resume) as run:
+        receipt = _charge(ledger, run, plan)
+        randomness = make_randomness(config.noise_source, config.seed)
+        model = _initial_model(plan, store, config.seed)
+        if plan.recipe.moments.enabled:
+            _moments_stage(model, plan, store, randomness, run)
+        if plan.recipe.dpsgd.enabled:
+            _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step)
+        return _finish(model.cpu(), plan, store, randomness, ledger, run, receipt)
+
+
+def _charge(ledger: Ledger, run: RunFolder, plan: TrainPlan) -> Receipt:
+    try:
+        return ledger.reserve(run.run_id, plan.privacy.mechanisms, plan.privacy.delta, f"train {plan.recipe.name}")
+    except BudgetExceeded:
+        # Refused means nothing was begun.
+        shutil.rmtree(run.path)
+        raise
+
+
+def _initial_model(plan: TrainPlan, store: CohortStore, seed: int) -> ConditionalVAE:
+    """Build the untrained model; the seed fixes its random start and nothing else."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(store.space, plan.recipe)
+
+
+def _moments_stage(
+    model: ConditionalVAE, plan: TrainPlan, store: CohortStore, randomness: Randomness, run: RunFolder
+) -> None:
+    """Put the closed-form solution into the model's linear part: from the run's own file, or by releasing it once."""
+    if model.linear is None:
+        raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
+    done = load_checkpoint(run.private, MOMENTS)
+    if done is not None:
+        model.linear.load_state_dict(done[0])
+        return
+    settings = plan.recipe.moments
+    if settings.basis_shape is None or settings.coarse_shape is None:
+        raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
+    charged = [m for m in plan.privacy.mechanisms if m.name in RELEASES]
+    part = fit_moments(
+        store,
+        store.patients("train"),
+        {m.name: m.noise_multiplier for m in charged},
+        MomentShapes(settings.basis_shape, settings.coarse_shape, model.latent_dim),
+        noise=randomness.source(MOMENTS),
+    )
+    model.linear.load_state_dict(part.state_dict())
+    save_checkpoint(run.private, MOMENTS, part.state_dict(), {"spent": [m.to_json() for m in charged]})
+
+
+def _dpsgd_stage(
+    model: ConditionalVAE,
+    plan: TrainPlan,
+    store: CohortStore,
+    randomness: Randomness,
+    run: RunFolder,
+    progress: Progress | None,
+    on_step: OnStep | None,
+) -> None:
+    settings = plan.recipe.dpsgd
+    sampler = PatientSampler(store, store.patients("train"), plan.privacy.sample_rate, settings.scans_per_patient)
+    train_dpsgd(
+        model,
+        sampler,
+        plan.privacy,
+        settings,
+        model.latent_dim,
+        randomness=randomness,
+        folder=run.private,
+        progress=progress,
+        on_step=on_step,
+    )
+
+
+def _finish(
+    model: ConditionalVAE,
+    plan: TrainPlan,
+    store: CohortStore,
+    randomness: Randomness,
+    ledger: Ledger,
+    run: RunFolder,
+    receipt: Receipt,
+) -> dict[str, Any]:
+    """Write the model, commit, then write the claim: a folder with privacy.json is a finished run."""
+    card = make_card(store.space, plan.recipe)
+    written = write_release(run.path / "model", ModelRelease(weights=state_arrays(model), card=card))
+    _commit(ledger, run.run_id, f"weights {written['weights_sha256']}")
+    claim = privacy_claim(plan.privacy, store.space, randomness, receipt, store.fingerprint(), plan.warnings)
+    write_json(run.path / "privacy.json", claim)
+    return claim
+
+
+def _commit(ledger: Ledger, run_id: str, note: str) -> None:
+    """Mark the run as ended with these very weights: one charge pays for one model, however often it is resumed."""
+    ledger.commit(run_id, note)
+    ended = [e.note for e in ledger.events() if e.kind == "commit" and e.run_id == run_id]
+    if ended != [note]:
+        raise RunError(
+            "this run has ended before with another model, and its charge paid for that one: start a new run"
+        )
+
+
+def _finished(out: Path, config: TrainConfig, store: CohortStore, resume: bool) -> dict[str, Any] | None:
+    """Return the claim of a run that is done, where resuming is asked for."""
+    path = out / "privacy.json"
+    if not resume or not path.is_file():
+        return None
+    _read_run(out, config, store)
+    claim = _read_json(path)
+    if claim.get("schema") != SCHEMA:
+        raise RunError(f"the run is not of version {SCHEMA}: start a new run in another folder")
+    return claim
+
+
+@contextmanager
+def _open_run(cohort: Path, out: Path, config: TrainConfig, store: CohortStore, *, resume: bool) -> Iterator[RunFolder]:
+    """Make or find the run folder, for this process alone."""
+    if resume and not out.is_dir():
+        raise RunError("there is no run to resume in this folder: leave --resume out to start one")
+    if out.exists() and not out.is_dir():
+        raise RunError("the output is a file: choose a new folder with -o")
+    begun = out.is_dir() and any(out.iterdir())
+    if begun and not resume:
+        raise RunError("the output folder is not empty: choose a new one with -o, or continue its run with --resume")
+    private = out / "private"
+    private.mkdir(parents=True, exist_ok=True)
+    with _alone(private):
+        path = private / "run.json"
+        if path.is_file():
+            run_id = str(_read_run(out, config, store)["run_id"])
+        elif begun and any(p.name not in ("lock", ".run.json.part") for p in out.rglob("*") if p.is_file()):
+            raise RunError("this folder holds no run of ours: choose a new one with -o")
+        else:
+            run_id = secrets.token_hex(16)
+            write_json(path, _run_facts(cohort, config, store) | {"run_id": run_id})
+        yield RunFolder(out, run_id)
+
+
+@contextmanager
+def _alone(private: Path) -> Iterator[None]:
+    """Hold the run's lock: two processes resuming one run would make two releases out of one charge."""
+    with (private / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError("another process is training in this run folder: wait for it, or stop it first") from None
+        yield
+
+
+def _run_facts(cohort: Path, config: TrainConfig, store: CohortStore) -> dict[str, Any]:
+    location = Path(os.path.abspath(cohort))
+    return {
+        "schema": RUN_SCHEMA,
+        "cohort": str(location),
+        "ledger": str(location / "ledger.db"),
+        "fingerprint": store.fingerprint(),
+        "config": json.loads(config.model_dump_json()),
+    }
+
+
+def _read_run(out: Path, config: TrainConfig, store: CohortStore) -> dict[str, Any]:
+    """Read private/run.json and check that it was begun with these settings on this cohort."""
+    facts = _read_json(out / "private" / "run.json")
+    if facts.get("schema") != RUN_SCHEMA:
+        raise RunError(f"the run is not of version {RUN_SCHEMA}: start a new run in another folder")
+    then, now = dict(facts.get("config", {})), json.loads(config.model_dump_json())
+    changed = sorted(k for k in now.keys() | then.keys() if k not in FREE_TO_CHANGE and now.get(k) != then.get(k))
+    if changed:
+        raise RunError(
+            f"the run was begun with another {changed[0]}: resume with the settings of the first start, or start anew"
+        )
+    if facts.get("fingerprint") != store.fingerprint():
+        raise RunError("the run was begun on another cohort, or the cohort has changed: start a new run")
+    return facts
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        data = None
+    if not isinstance(data, dict):
+        raise RunError(f"{path.name} of this run is missing or torn: start a new run in another folder")
+    return data
+
+
+def _device(config: TrainConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for but none is found: use --device cpu, see `medvae doctor`")
+    use_cuda = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else "cpu")
