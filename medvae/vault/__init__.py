@@ -1,1 +1,1 @@
-"""The only room that reads private data: readers, patient grouping, preprocessing, the cohort store."""
+"""The only room that reads private data: finding, decoding, grouping by patient, preprocessing, storing."""

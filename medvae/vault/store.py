@@ -1,0 +1,235 @@
+"""The cohort store: arrays on disk that are written as a stream and read by memory map, never as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medvae.errors import CohortError
+from medvae.types import Batch, FloatArray, ImageSpace, Private
+from medvae.vault.scan import Split
+
+SCHEMA = "medvae.cohort/1"
+LEVELS = 65535  # [0, 1] as uint16: a step of 1.5e-5, far below any scanner's noise
+CHUNK = 2**22
+SPLITS: tuple[Split, Split] = ("train", "holdout")
+
+
+def check_free(out: Path) -> None:
+    """Raise CohortError unless `out` is missing or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CohortError("the output folder is not empty: give a new folder, or empty it first")
+
+
+class CohortWriter:
+    """Writes a cohort folder scan by scan into a hidden sibling and renames it at the end.
+
+    Leaving the block by an error or Ctrl-C, or without `finish`, removes everything. The arrays are appended with
+    plain writes and not through a memory map, so that a full disk is an OSError and not a crash.
+    """
+
+    def __init__(self, out: Path, shape: tuple[int, ...], masks: bool) -> None:
+        check_free(out)
+        self._out = out
+        self._partial = out.parent / f".{out.name}.partial"
+        self._shape = shape
+        self._with_masks = masks
+        self._patients: list[int] = []
+        self._conditions: list[FloatArray] = []
+        self._finished = False
+
+    def __enter__(self) -> CohortWriter:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        try:
+            self._partial.mkdir(parents=True, mode=0o700)
+        except (FileExistsError, NotADirectoryError, PermissionError):
+            raise CohortError("the output folder cannot be made here: give a path that may be written") from None
+        try:
+            self._images = _Appender(self._partial / "images.npy", np.dtype("<u2"), self._shape)
+            self._masks = (
+                _Appender(self._partial / "masks.npy", np.dtype("|u1"), self._shape) if self._with_masks else None
+            )
+        except BaseException:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+        return self
+
+    def append(
+        self, image: FloatArray, mask: npt.NDArray[np.uint8] | None, patient: int, condition: FloatArray
+    ) -> None:
+        """Add one scan: image (*shape) in [0, 1], mask (*shape) of labels, the encoded condition (K,)."""
+        self._images.append(np.rint(image * np.float32(LEVELS)).astype("<u2"))
+        if self._masks is not None and mask is not None:
+            self._masks.append(mask)
+        self._patients.append(patient)
+        self._conditions.append(condition)
+
+    def finish(self, info: Mapping[str, Any], sides: Mapping[int, Split]) -> None:
+        """Write index, key and, last, cohort.json; then give the folder its name.
+
+        sides: the split of every patient number that was appended; numbers become 0 to patients - 1.
+        """
+        self._images.close()
+        if self._masks is not None:
+            self._masks.close()
+        numbers, patient = np.unique(np.asarray(self._patients, dtype="<i8"), return_inverse=True)
+        split = np.asarray([SPLITS.index(sides[int(n)]) for n in numbers], dtype=np.uint8)
+        index = io.BytesIO()
+        condition = np.stack(self._conditions).astype("<f4")
+        np.savez(index, patient=patient.astype("<i8"), split=split, condition=condition)
+        (self._partial / "index.npz").write_bytes(index.getvalue())
+        key = os.open(self._partial / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(key, "wb") as stream:
+            stream.write(secrets.token_bytes(32))
+        text = json.dumps(info, indent=2, allow_nan=False) + "\n"
+        (self._partial / "cohort.json").write_text(text, encoding="utf-8")
+        os.replace(self._partial, self._out)
+        self._finished = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            self._images.abandon()
+            if self._masks is not None:
+                self._masks.abandon()
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+class _Appender:
+    """An .npy file that grows by rows; its header is written again with the final length."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self._dtype, self._shape, self._rows = dtype, shape, 0
+        self._stream: IO[bytes] = path.open("wb")
+        self._stream.write(self._header())
+
+    def _header(self) -> bytes:
+        # numpy pads headers so that the first axis may grow in place.
+        header = io.BytesIO()
+        fields = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows, *self._shape)}
+        np.lib.format.write_array_header_1_0(header, fields)
+        return header.getvalue()
+
+    def append(self, row: npt.NDArray[Any]) -> None:
+        if row.shape != self._shape or row.dtype != self._dtype:
+            raise ValueError("a row of another shape or type")
+        self._stream.write(np.ascontiguousarray(row).tobytes())
+        self._rows += 1
+
+    def close(self) -> None:
+        self._stream.seek(0)
+        self._stream.write(self._header())
+        self._stream.close()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # the disk is full: the file is about to be removed
+            self._stream.close()
+
+
+class CohortStore:
+    """A cohort on disk. Rows are scans; patients are integers 0 to patients - 1. Nothing here is ever a copy of all.
+
+    space: the public facts; info: the content of cohort.json.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        self.info = info
+        self.space = ImageSpace.from_json(info["space"])
+        self._folder = folder
+        self._images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        self._masks = np.load(folder / "masks.npy", mmap_mode="r", allow_pickle=False) if info["masks"] else None
+        with np.load(folder / "index.npz", allow_pickle=False) as index:
+            self.patient: npt.NDArray[np.int64] = index["patient"]
+            self.split: npt.NDArray[np.uint8] = index["split"]
+            self.condition: FloatArray = index["condition"]
+        rows = (info["images"], *self.space.spatial_shape)
+        fits = self._images.shape == rows and self._images.dtype == np.uint16
+        fits &= self._masks is None or (self._masks.shape == rows and self._masks.dtype == np.uint8)
+        fits &= self.patient.shape == (info["images"],) and self.split.shape == (info["patients"],)
+        fits &= self.condition.shape == (info["images"], self.space.condition_width)
+        if not fits:
+            raise ValueError("the arrays do not match cohort.json")
+        self._order = np.argsort(self.patient, kind="stable")
+        self._starts = np.searchsorted(self.patient[self._order], np.arange(info["patients"] + 1))
+
+    def __repr__(self) -> str:
+        return "CohortStore()"
+
+    def __len__(self) -> int:
+        return len(self.patient)
+
+    def patients(self, split: Split) -> npt.NDArray[np.int64]:
+        """Return the patients of a split, rising."""
+        return np.flatnonzero(self.split == SPLITS.index(split)).astype(np.int64)
+
+    def rows(self, patients: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the rows of the given patients, patient after patient in the given order."""
+        parts = [self._order[self._starts[p] : self._starts[p + 1]] for p in np.atleast_1d(np.asarray(patients, int))]
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+
+    def load(self, rows: npt.ArrayLike) -> Batch:
+        """Read the given rows: x is (B, 1 + labels, *spatial), sorted by patient and then by row."""
+        asked = np.atleast_1d(np.asarray(rows, dtype=np.int64))
+        asked = asked[np.lexsort((asked, self.patient[asked]))]
+        x = np.empty((len(asked), self.space.channels, *self.space.spatial_shape), dtype=np.float32)
+        np.divide(self._images[asked], np.float32(LEVELS), out=x[:, 0])
+        if self._masks is not None:
+            masks = self._masks[asked]
+            for channel, label in enumerate(self.space.mask_labels, start=1):
+                x[:, channel] = masks == label
+        return Batch(x, self.condition[asked], self.patient[asked])
+
+    def masks(self, rows: npt.ArrayLike) -> npt.NDArray[np.uint8] | None:
+        """Return the label maps of the given rows in the given order, (B, *spatial), or None where there are none."""
+        return None if self._masks is None else np.asarray(self._masks[np.asarray(rows, dtype=np.int64)])
+
+    def fingerprint(self) -> str:
+        """Return HMAC-SHA256 over images, masks and index under the cohort's own random key, as hex.
+
+        Keyed, since a plain hash of scans would let anyone who holds one confirm membership.
+        """
+        mac = hmac.new((self._folder / "key").read_bytes(), SCHEMA.encode(), hashlib.sha256)
+        for name in ("images.npy", "masks.npy", "index.npz"):
+            path = self._folder / name
+            if path.exists():
+                mac.update(f"{name}:{path.stat().st_size}:".encode())
+                for chunk in _chunks(path):
+                    mac.update(chunk)
+        return mac.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
+
+
+def open_cohort(path: Path) -> Private[CohortStore]:
+    """Open a cohort folder. Raises CohortError where it is missing, foreign, of another version, or torn."""
+    if not path.is_dir():
+        raise CohortError("there is no cohort folder here: make one with `medvae ingest SOURCE -o COHORT`")
+    try:
+        info = json.loads((path / "cohort.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CohortError("this folder is not a cohort: give the output of `medvae ingest`") from None
+    schema = info.get("schema") if isinstance(info, dict) else None
+    if schema != SCHEMA:
+        raise CohortError(f"the cohort is not of version {SCHEMA}: ingest the source again with this medvae")
+    try:
+        return Private(CohortStore(path, info))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CohortError("the cohort's files are torn or do not match cohort.json: ingest the source again") from None
