@@ -9,7 +9,7 @@ Comments and Derivation Description.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class Subject:
 class Grid:
     """Frames of one image: (F, rows, columns), rows running to the back and columns to the left of the patient."""
 
-    frames: npt.NDArray[np.uint16]
+    frames: npt.NDArray[Any]
     spacing_mm: tuple[float, float, float]  # between rows, columns, frames
     volume: bool
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medvae.errors import MedvaeError
-from medvae.types import FloatArray, ImageSpace, Intensity
+from medvae.types import FloatArray, Intensity
 
 TWELVE_BITS = 4095
 _INT16 = np.iinfo(np.int16)
@@ -51,14 +51,17 @@ def codes(image: FloatArray, scale: Scale) -> npt.NDArray[np.uint16]:
     return np.rint(np.clip(image, 0.0, 1.0) * scale.top).astype(np.uint16)
 
 
-def ras_affine(space: ImageSpace) -> npt.NDArray[np.float64]:
+def grid_affine(spatial_shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> npt.NDArray[np.float64]:
     """Return the (4, 4) map from voxel indices to RAS millimetres, with the middle of the grid at the origin.
 
-    A 3D array runs right, anterior, superior along its axes. A 2D array of (rows, columns) is stored as
-    (rows, columns, 1) with its axes in place, so that any reader gets back the same rows and columns.
+    A 3D array runs right, anterior, superior along its axes. A 2D array of (rows, columns), stored as (rows, columns,
+    1), is taken for an axial slice as radiologists view it: rows run to the back, columns to the patient's left.
     """
-    shape = (*space.spatial_shape, 1)[:3]
-    spacing = (*space.spacing_mm, 1.0)[:3]
-    affine = np.diag([*spacing, 1.0])
-    affine[:3, 3] = [-(n - 1) * s / 2 for n, s in zip(shape, spacing, strict=True)]
+    shape = np.asarray((*spatial_shape, 1)[:3])
+    axes = np.diag((*spacing_mm, 1.0)[:3])
+    if len(spatial_shape) == 2:
+        axes = np.asarray([[0, -spacing_mm[1], 0], [-spacing_mm[0], 0, 0], [0, 0, 1.0]])
+    affine = np.eye(4)
+    affine[:3, :3] = axes
+    affine[:3, 3] = -axes @ ((shape - 1) / 2)
     return affine

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medvae.synth.identifiers import subject
 from medvae.synth.staging import staged_folder
-from medvae.synth.values import codes, ras_affine, scale_of
+from medvae.synth.values import codes, grid_affine, scale_of
 from medvae.types import Progress, SyntheticCohort
 
 # BIDS has no suffix for a magnetic resonance image of unknown weighting, and none at all for other modalities.
@@ -28,7 +28,7 @@ def write_nifti(
     `claim` is not used: NIfTI has no place for it. Raises RunError where FOLDER/nifti is not empty.
     """
     scale = scale_of(cohort.space.intensity)
-    affine = ras_affine(cohort.space)
+    affine = grid_affine(cohort.space.spatial_shape, cohort.space.spacing_mm)
     suffix = _SUFFIX.get(cohort.space.modality, "image")
     written: list[str] = []
     with staged_folder(folder / "nifti") as out:

@@ -25,7 +25,7 @@ def write_npz(
     """
     arrays = npz_arrays(cohort)
     with staged_file(folder / "cohort.npz") as path, path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     if progress is not None:
         progress(len(cohort), len(cohort))
     return ["cohort.npz"]
