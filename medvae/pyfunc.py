@@ -34,7 +34,8 @@ class Generator:
         missing = [name for name in names if name not in model_input.columns]
         if missing:
             raise InputError(f"the table lacks the condition {missing[0]!r}: give the columns {', '.join(names)}")
-        rows = model_input[names].to_dict(orient="records") if names else [{} for _ in range(len(model_input))]
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*(model_input[n] for n in names), strict=True)]
+        rows = rows if names else [{} for _ in range(len(model_input))]
         return generate(self._release, rows, seed=int((params or {}).get("seed", 0))).images
 
 

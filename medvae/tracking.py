@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,10 @@ class Tracker:
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, {}
         for experiment, rows in waiting.items():
-            self._call(lambda run, rows=rows: self._client.log_batch(run, metrics=_metrics(rows)), experiment)
+            self._call(partial(self._log, rows), experiment)
+
+    def _log(self, rows: Sequence[tuple[str, float, int, int]], run: str) -> None:
+        self._client.log_batch(run, metrics=_metrics(rows))
 
     def _call(self, work: Callable[[str], Any], experiment: str) -> None:
         """Do one thing with the store; on the first failure say so and be silent from then on."""

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from the series in the JSON: small SVGs that read in grey and carry their own words."""
+"""The figures of a report, drawn from the series in the JSON: small SVGs that read in grey, with words beside them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 INK, BLUE, ORANGE, GREEN, GREY = "#1c2733", "#1f4e79", "#b4500f", "#3b7a57", "#6b7280"
 STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (GREY, ":"), (INK, (0, (5, 1))))
+SMALLEST_RATE = 1e-4
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 RC = {
     "font.family": "DejaVu Sans",
@@ -53,6 +54,7 @@ class Picture:
     provenance: str
     uri: str
     alt: str
+    note: str = ""
 
     @property
     def proven(self) -> bool:
@@ -62,7 +64,7 @@ class Picture:
 
 
 def draw(name: str, figure: Mapping[str, Any]) -> Picture:
-    """Draw one entry of the JSON's "figures"; never raises: what cannot be drawn is listed by its title."""
+    """Draw one figure of `series.arrange`; never raises: what cannot be drawn is listed by its title."""
     kind = str(figure.get("kind", "unknown"))
     title = str(figure.get("title") or sentence(name))
     provenance = str(figure.get("provenance", "private"))
@@ -72,8 +74,10 @@ def draw(name: str, figure: Mapping[str, Any]) -> Picture:
             raise ValueError("a figure without data")
         uri, alt = (_image(title, data)) if kind == "images" else (_plot(kind, data), _describe(kind, title, data))
     except (KeyError, TypeError, ValueError, IndexError, ArithmeticError):
-        uri, alt = "", f"{title}: this figure could not be drawn; its numbers are in audit.json."
-    return Picture(name, title, kind, provenance, uri, alt)
+        return Picture(
+            name, title, kind, provenance, "", f"{title}: could not be drawn; its numbers are in audit.json."
+        )
+    return Picture(name, title, kind, provenance, uri, alt, _captions(data))
 
 
 def strip(finding: Mapping[str, Any]) -> Picture:
@@ -116,8 +120,8 @@ def _plot(kind: str, data: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     painters: dict[str, tuple[Callable[[Axes, Mapping[str, Any]], None], tuple[float, float]]] = {
-        "curve": (_curve, (3.5, 2.6)),
-        "histogram": (_histogram, (2.5, 1.45)),
+        "curve": (_curve, (3.2, 2.25)),
+        "histogram": (_histogram, (2.5, 1.25)),
         "bars": (_bars, (3.5, 0.55 + 0.24 * len(_bar_rows(data)) if kind == "bars" else 2.0)),
     }
     if kind not in painters:
@@ -147,6 +151,7 @@ def _curve(axes: Axes, data: Mapping[str, Any]) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         lowest, highest = min(v for _, x, _ in series for v in x), max(v for _, x, _ in series for v in x)
+        lowest = max(lowest, SMALLEST_RATE) if highest <= 1.0 else lowest
         if highest <= 1.0:
             axes.plot([lowest, highest], [lowest, highest], color=GREY, linestyle=":", linewidth=0.9)
         axes.set_xlim(lowest, highest)
@@ -215,7 +220,15 @@ def _image(title: str, data: Mapping[str, Any]) -> tuple[str, str]:
         raise ValueError("not base64") from None
     if not png.startswith(PNG_MAGIC):
         raise ValueError("not a PNG")
-    return _uri(png, "image/png"), str(data.get("alt") or title)
+    return _uri(png, "image/png"), str(data.get("alt") or data.get("alternative") or title)
+
+
+def _captions(data: Mapping[str, Any]) -> str:
+    captions = data.get("captions")
+    if not isinstance(captions, Sequence) or not any(captions):
+        return ""
+    words = "; ".join(str(c) for c in captions)
+    return f"Asked for, row by row: {words[:600]}{'…' if len(words) > 600 else ''}"
 
 
 def _describe(kind: str, title: str, data: Mapping[str, Any]) -> str:

@@ -7,7 +7,20 @@ from typing import Any
 
 from medvae.errors import PrivacyError, RunError
 from medvae.report.figures import draw, strip
-from medvae.report.words import GROUPS, OTHER_VERDICT, RESIDUAL_RISKS, SIGNATORIES, VERDICTS, exact, number, sentence
+from medvae.report.series import arrange
+from medvae.report.words import (
+    BAD_SIGNS,
+    CERTIFICATE_LIMITS,
+    GOOD_SIGNS,
+    GROUPS,
+    OTHER_VERDICT,
+    RESIDUAL_RISKS,
+    SIGNATORIES,
+    VERDICTS,
+    exact,
+    number,
+    sentence,
+)
 from medvae.types import SHAREABLE
 
 FRONT_ROWS = 4
@@ -42,15 +55,17 @@ def audit_view(audit: Mapping[str, Any]) -> dict[str, Any]:
     internal = audit.get("audience") == "internal"
     if not internal:
         _refuse_private([*findings, *figures.values()])
-    pictures = [draw(str(name), figure) for name, figure in figures.items() if isinstance(figure, Mapping)]
+    arranged = arrange(figures)
+    pictures = [draw(name, figure) for name, figure in arranged.items() if figure["kind"] != "table"]
     drawn = [p for p in pictures if p.uri]
     rows = [_finding(f) for f in findings]
     decision: Mapping[str, Any] = audit.get("decision") or {}
     tool: Mapping[str, Any] = audit.get("tool") or {}
     return {
         "internal": internal,
-        "created": str(audit.get("created", "")),
+        "created": moment(audit.get("created", "")),
         "tool": f"{tool.get('name', 'medvae')} {tool.get('version', '')}".strip(),
+        "words": [str(line) for line in audit.get("summary") or claim.get("plain_words") or ()],
         "tier": str(audit.get("tier", "")),
         "decision": _decision(decision),
         "claim": claim_view(claim),
@@ -60,6 +75,7 @@ def audit_view(audit: Mapping[str, Any]) -> dict[str, Any]:
         "sheets": [p for p in drawn if p.kind == "images"],
         "histograms": [p for p in drawn if p.kind == "histogram"],
         "others": [p for p in drawn if p.kind not in ("images", "histogram")],
+        "tables": [_table(figure) for figure in arranged.values() if figure["kind"] == "table"],
         "undrawn": [p for p in pictures if not p.uri],
         "not_tested": [str(line) for line in audit.get("not_tested") or ()],
         "risks": [str(line) for line in audit.get("residual_risks") or RESIDUAL_RISKS],
@@ -73,31 +89,34 @@ def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
     claim = certificate.get("claim")
     if not isinstance(claim, Mapping):
         raise RunError("this is not a certificate.json: it has no claim, run `medvae release` again")
-    shown = {"schema", "created", "tool", "claim", "checks", "plain_words", "reasons", "verify", "title"}
+    shown = {"schema", "created", "tool", "claim", "checks", "plain_words", "limits", "verify", "title"}
+    cumulative = certificate.get("cumulative")
     tool: Mapping[str, Any] = certificate.get("tool") or {}
     words = certificate.get("plain_words") or claim.get("plain_words") or ()
     return {
         "title": str(certificate.get("title") or "Synthetic medical images"),
-        "created": str(certificate.get("created", "")),
+        "created": moment(certificate.get("created", "")),
         "tool": f"{tool.get('name', 'medvae')} {tool.get('version', '')}".strip(),
         "claim": {**claim_view(claim), "plain_words": [str(line) for line in words]},
         "checks": [_check(c) for c in certificate.get("checks") or () if isinstance(c, Mapping)],
         "facts": [pair for k, v in certificate.items() if k not in shown for pair in _flat(sentence(str(k)), v)],
+        "cumulative": claim_view(cumulative) if isinstance(cumulative, Mapping) else None,
+        "limits": [str(line) for line in certificate.get("limits") or CERTIFICATE_LIMITS],
         "verify": str(certificate.get("verify") or "medvae verify RELEASE"),
     }
 
 
 def claim_view(claim: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrange a claim: its numbers rounded (never below their value) and with every digit."""
+    """Arrange a claim: its numbers in short and with every digit."""
     epsilon = claim.get("epsilon")
     rows = [(words, exact_or_text(claim[key])) for key, words in CLAIM_WORDS.items() if key in claim]
     known = {*CLAIM_WORDS, "mechanisms", "plain_words"}
     rest = [pair for k, v in claim.items() if k not in known for pair in _flat(sentence(str(k)), v)]
     return {
         "private": epsilon is not None,
-        "epsilon": number(epsilon, up=True),
+        "epsilon": number(epsilon),
         "epsilon_exact": exact(epsilon),
-        "delta": number(claim.get("delta"), up=True),
+        "delta": number(claim.get("delta")),
         "delta_exact": exact(claim.get("delta")),
         "unit": str(claim.get("unit", "patient")),
         "neighboring": str(claim.get("neighboring", "")),
@@ -115,18 +134,16 @@ def exact_or_text(value: Any) -> str:
     return value if isinstance(value, str) else exact(value)
 
 
+def moment(value: Any) -> str:
+    """Write a time for a reader, in the zone it was given in."""
+    return str(value).replace("T", " ").replace("+00:00", " UTC").replace("Z", " UTC")
+
+
 def tone(verdict: str) -> str:
     """Sort a finding's verdict into good, bad or neutral, for its mark and its place."""
-    word = verdict.lower()
-    if any(
-        w in word for w in ("fail", "refut", "invalid", "above", "broken", "leak", "poor", "not ok", "inconclusive")
-    ):
+    if any(sign in verdict for sign in BAD_SIGNS):
         return "bad"
-    return (
-        "good"
-        if any(w in word for w in ("pass", "ok", "good", "consistent", "under", "within", "holds"))
-        else "neutral"
-    )
+    return "good" if any(sign in verdict.lower() for sign in GOOD_SIGNS) else "neutral"
 
 
 def _refuse_private(entries: Sequence[Any]) -> None:
@@ -162,12 +179,27 @@ def _group_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _group(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Arrange one group for the front pages: what went badly comes first and is never left to the appendix."""
+    """Arrange one group for the front pages: what went badly first, then what was measured, then what was derived."""
     title, question = GROUPS.get(key, (sentence(key), ""))
-    mine = sorted((r for r in rows if r["group"] == key), key=lambda r: r["tone"] != "bad")
+    mine = sorted(
+        (r for r in rows if r["group"] == key), key=lambda r: (r["tone"] != "bad", r["provenance"] == "public")
+    )
     bad = sum(r["tone"] == "bad" for r in mine)
-    front = mine[: max(FRONT_ROWS, bad)]
+    front = mine[: max(FRONT_ROWS, min(bad, 2 * FRONT_ROWS))]
     return {"title": title, "question": question, "front": front, "more": len(mine) - len(front)}
+
+
+def _table(figure: Mapping[str, Any]) -> dict[str, Any]:
+    data = figure["data"]
+    rows = [row for row in data["rows"] if isinstance(row, Mapping)] if isinstance(data, Mapping) else []
+    head = list(dict.fromkeys(str(key) for row in rows for key in row))
+    cells = [[exact_or_text(row.get(key)) for key in head] for row in rows]
+    return {
+        "title": str(figure["title"]),
+        "provenance": str(figure["provenance"]),
+        "head": [sentence(key) for key in head],
+        "rows": cells,
+    }
 
 
 def _decision(decision: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +226,6 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
         return [pair for k, v in value.items() for pair in _flat(f"{name}: {sentence(str(k)).lower()}", v)]
     if isinstance(value, list | tuple):
         if all(not isinstance(v, Mapping | list | tuple) for v in value):
-            return [(name, ", ".join(exact_or_text(v) for v in value) or "–")]
+            return [(name, "; ".join(exact_or_text(v) for v in value) or "–")]
         return [pair for i, v in enumerate(value, start=1) for pair in _flat(f"{name} {i}", v)]
     return [(name, exact_or_text(value))]

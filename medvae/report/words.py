@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
+from decimal import Context, Decimal
 from typing import Any
 
 NOT_MEASURED = "not measured"
 
 
-def number(value: Any, *, up: bool = False) -> str:
+def number(value: Any) -> str:
     """Write a JSON value for a reader: whole numbers as they are, others to four significant digits.
 
-    `up` rounds away from a smaller claim: epsilon and delta must never be printed below their value.
-
-    >>> number(0.123456), number(7.99991, up=True), number(1e-05), number(131), number(None)
-    ('0.1235', '8', '0.00001', '131', 'not measured')
+    >>> number(0.123456), number(7.99812), number(1e-05), number(131), number(None)
+    ('0.1235', '7.998', '0.00001', '131', 'not measured')
     """
     if value is None:
         return NOT_MEASURED
@@ -28,8 +26,7 @@ def number(value: Any, *, up: bool = False) -> str:
         return str(value)
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "unbounded"
-    context = Context(prec=4, rounding=ROUND_CEILING if up else ROUND_HALF_EVEN)
-    short = context.create_decimal(Decimal(repr(value))).normalize()
+    short = Context(prec=4).create_decimal(Decimal(repr(value))).normalize()
     if short == 0:
         return "0"
     return f"{short:f}" if -9 < short.adjusted() < 9 else f"{short:e}"
@@ -51,7 +48,7 @@ _SPELLING = {
     word.lower(): word
     for word in (
         "AUC", "TPR", "FPR", "ROC", "MS", "SSIM", "ELBO", "GLCM", "DP", "FID", "KID", "IoU", "CT", "MR", "VAE", "GDP",
-        "SHA256", "Wasserstein", "Dice", "Gaussian", "Poisson", "Croissant", "DICOM", "NIfTI", "ID", "URL",
+        "SHA256", "Wasserstein", "Dice", "Gaussian", "Poisson", "Croissant", "DICOM", "NIfTI", "ID", "URL", "SD",
     )
 } | {"frechet": "Fréchet", "dpsgd": "DP-SGD", "sha256": "SHA-256"}  # fmt: skip
 
@@ -96,6 +93,22 @@ RESIDUAL_RISKS = (
     "Synthetic scans carry the cohort's errors and biases: for research, never for care.",
 )
 
+CERTIFICATE_LIMITS = (
+    "It does not say that the scans are fit for a purpose: see the dataset card and the audit.",
+    "It does not hide what is true of the whole group of patients; it limits what one patient's scans add.",
+    "It holds if the programme was built and run as described, and if each patient was filed under one identifier.",
+    "The scans are synthetic. They are for research and never for the care of a patient.",
+)
+
+BAD_SIGNS = (
+    "INVALID", "INCONCLUSIVE", "ABOVE", "NOT ", "refuted", "fail", "Fail", "too often", "membership shows",
+)  # fmt: skip
+GOOD_SIGNS = (
+    "valid:", "pass", "as close as", "as diverse", "no better than guessing", "under the proven", "broken, as it must",
+    "as rare as",
+)  # fmt: skip
+"""How the verdicts of an audit are told apart, for a mark beside them; the words themselves are always printed."""
+
 SIGNATORIES = ("Data steward", "Data protection officer", "Clinical lead", "Chair of the board")
 
 EVIDENCE_NOTE = (
@@ -131,6 +144,6 @@ GLOSSARY = (
      "network. Compare with the baseline, not with zero."),
     ("Precision, recall, density, coverage", "Shares of synthetic scans that look real, and of real variety that is "
      "found among the synthetic ones."),
-    ("MS-SSIM", "Likeness of two scans to each other. Too high a value among synthetic scans means too little variety."),
+    ("MS-SSIM", "Likeness of two scans to each other. Too high a value among synthetic scans means little variety."),
     ("Wasserstein distance", "How far one distribution of a measured feature must be moved to become the other."),
 )  # fmt: skip
