@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from medvae.config import AuditConfig, Frozen, IngestConfig, ReleaseConfig, TrainConfig
-from medvae.errors import CohortError, RunError
+from medvae.config import AuditConfig, IngestConfig, ReleaseConfig, TrainConfig
+from medvae.errors import ConfigError, RunError
 from medvae.types import Progress
+
+if TYPE_CHECKING:
+    from medvae.dp.ledger import Ledger
+    from medvae.types import ImageSpace
 
 Result = dict[str, Any]
 Stage = Callable[[str], Progress | None]
 
+CLAIM = {"unit": "patient", "neighboring": "add-remove", "accountant": "pld"}
+DEFAULT_SHAPE = (64, 64)
+LADDER = (1.0, 2.0, 4.0, 8.0)
 DEFAULT_RUN = Path("run")
 DEFAULT_DEMO = Path("demo")
 
@@ -30,11 +38,58 @@ def ingest(source: Path, out: Path, config: IngestConfig | None = None, *, progr
     from medvae.vault.ingest import ingest as read
 
     config = config or IngestConfig()
-    with tracking.run("ingest", _params(config), private=True) as track:
+    with tracking.run("ingest", config.model_dump(), private=True) as track:
         result: Result = read(source, out, config, progress=progress)
         track.metric("patients", result["patients"])
         track.metric("images", result["images"])
     return result
+
+
+def plan(
+    cohort: Path | None, config: TrainConfig, *, patients: int | None = None, shape: tuple[int, ...] | None = None
+) -> Result:
+    """Plan a run without charging it: noise, steps, cost on this machine, warnings, bounds on attacks.
+
+    For a cohort, or for a number of training patients with images of `shape`. Only public numbers are used.
+    Raises ConfigError for a delta at or above 1/patients, or for neither a cohort nor a number of patients.
+    """
+    from medvae import tracking
+    from medvae.dp.tradeoff import plain_words
+    from medvae.train.planning import make_plan
+    from medvae.train.probe import step_cost
+    from medvae.vault.store import open_cohort
+
+    if cohort is not None and patients is None:
+        store = open_cohort(cohort).reveal()
+        patients, space, scans = len(store.patients("train")), store.space, len(store) / store.info["patients"]
+    elif cohort is None and patients is not None:
+        space, scans = _plain_space(shape or DEFAULT_SHAPE), 1.0
+    else:
+        raise ConfigError("a plan needs a cohort or a number of patients: give COHORT or --patients N, and not both")
+    with tracking.run("plan", config.model_dump(), private=cohort is not None) as track:
+        made = make_plan(patients, space, config)
+        cost = step_cost(made, space, scans)
+        for name in ("epsilon", "delta", "noise_multiplier", "sample_rate", "max_grad_norm", "steps"):
+            track.metric(name, getattr(made.privacy, name))
+    chosen = made.privacy
+    return {
+        "epsilon": chosen.epsilon if chosen.private else None,
+        "delta": chosen.delta,
+        **CLAIM,
+        "patients": chosen.patients,
+        "shape": list(space.spatial_shape),
+        "sample_rate": chosen.sample_rate,
+        "noise_multiplier": chosen.noise_multiplier,
+        "max_grad_norm": chosen.max_grad_norm,
+        "steps": chosen.steps,
+        "parameters": made.parameters,
+        "mechanisms": [mechanism.to_json() for mechanism in chosen.mechanisms],
+        "recipe": made.recipe.model_dump(mode="json"),
+        "table": _ladder(chosen.patients, space, config) if chosen.private else [],
+        "cost": None if cost is None else asdict(cost),
+        "plain_words": plain_words(chosen.epsilon, chosen.delta, chosen.mechanisms),
+        "warnings": list(made.warnings),
+    }
 
 
 def train(
@@ -53,6 +108,7 @@ def train(
     Raises BudgetExceeded where the cohort's ledger has no room for it, and RunError for an `out` in use.
     """
     from medvae import tracking
+    from medvae.dp.delta import default_delta
     from medvae.train.run import train as fit
 
     stage = stage or _silent
@@ -61,11 +117,16 @@ def train(
         _must_be_new(out)
     if cohort is None:
         cohort = _embedded_cohort(out, stage)
-    _must_be_cohort(cohort)
     if budget is not None:
-        _ledger_of(cohort).set_budget(budget)
-    with tracking.run("train", _params(config), private=True) as track:
-        result: Result = fit(cohort, out, config, resume, stage("train"))
+        patients = _training_patients(cohort)
+        _ledger_of(cohort).set_budget(budget, config.dp_delta or default_delta(patients))
+    with tracking.run("train", config.model_dump(), private=True) as track:
+
+        def on_step(step: int, numbers: Mapping[str, float]) -> None:
+            for name, value in numbers.items():
+                track.metric(name, value, step)
+
+        result: Result = fit(cohort, out, config, resume, stage("train"), on_step)
         for name in ("epsilon", "delta", "noise_multiplier", "sample_rate", "max_grad_norm", "steps"):
             if result.get(name) is not None:
                 track.metric(name, result[name])
@@ -79,12 +140,13 @@ def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: 
     """
     from medvae import tracking
     from medvae.audit.run import audit as score
-    from medvae.report.render import render_report
+    from medvae.report.render import render_report, require_pdf
     from medvae.synth.staging import staged_folder
 
     config = config or AuditConfig()
     _must_be_run(run)
-    with tracking.run("audit", _params(config), private=True) as track:
+    require_pdf()
+    with tracking.run("audit", config.model_dump(), private=True) as track:
         with staged_folder(out) as folder:
             result: Result = score(run, folder, config, progress=progress)
             for side in ("internal", "public"):
@@ -108,11 +170,12 @@ def release(
     """
     from medvae import tracking
     from medvae.gate.release import release as write
-    from medvae.report.render import render_certificate
+    from medvae.report.render import render_certificate, require_pdf
 
     config = config or ReleaseConfig()
     _must_be_run(run)
-    with tracking.run("release", _params(config), private=False) as track:
+    require_pdf()
+    with tracking.run("release", config.model_dump(), private=False) as track:
         result: Result = write(run, out, config, report=report, render=render_certificate, progress=progress)
         track.metric("scans", config.count)
         track.register(run / "model")
@@ -134,19 +197,44 @@ def verify(release: Path, *, public_key: Path | None = None) -> Result:
 
 
 def ledger(cohort: Path, *, budget: float | None = None, delta: float | None = None) -> Result:
-    """Return what was spent on a cohort, by which run, and its budget; sets the budget where one is given."""
+    """Return what was spent on a cohort, by which run, and what is left; sets the budget where one is given.
+
+    Epsilons are PLD totals at `delta` for the unit patient under add/remove neighbours; a run that crashed counts.
+    """
     from medvae import tracking
+    from medvae.dp.accounting import pld_epsilon
     from medvae.dp.delta import default_delta
 
-    info = _must_be_cohort(cohort)
-    book = _ledger_of(cohort)
+    fallback = default_delta(_training_patients(cohort))
     with tracking.run("ledger", {"budget": budget}, private=True) as track:
+        book = _ledger_of(cohort)
         if budget is not None:
-            book.set_budget(budget)
-        delta = delta or default_delta(info["patients"])
+            book.set_budget(budget, delta or fallback)
+        limit = book.budget()
+        delta = delta or (limit.delta if limit else fallback)
+        events = book.events()
+        ended = {event.run_id for event in events if event.kind == "commit"}
+        runs = [
+            {
+                "run_id": event.run_id,
+                "utc": event.utc,
+                "epsilon": pld_epsilon(event.mechanisms, delta) if event.private else None,
+                "ended": event.run_id in ended,
+                "note": event.note,
+            }
+            for event in events
+            if event.kind == "reserve"
+        ]
         spent = book.spent(delta)
         track.metric("spent", spent)
-    return {"spent": spent, "delta": delta, "budget": book.budget(), "events": book.events()}
+    return {
+        "spent": spent,
+        "budget": limit.epsilon if limit else None,
+        "remaining": book.remaining(),
+        "delta": delta,
+        **CLAIM,
+        "runs": runs,
+    }
 
 
 def doctor() -> Result:
@@ -184,6 +272,24 @@ def demo(out: Path | None = None, *, stage: Stage | None = None) -> Result:
     }
 
 
+def _ladder(patients: int, space: ImageSpace, config: TrainConfig) -> list[dict[str, float]]:
+    """Plan the same run at other epsilons."""
+    from medvae.train.planning import make_plan
+
+    rows = []
+    for epsilon in LADDER:
+        asked = make_plan(patients, space, config.model_copy(update={"dp_epsilon": epsilon})).privacy
+        rows.append({"asked": epsilon, "epsilon": asked.epsilon, "noise_multiplier": asked.noise_multiplier})
+    return rows
+
+
+def _plain_space(shape: tuple[int, ...]) -> ImageSpace:
+    """Return an image space for a plan without a cohort."""
+    from medvae.types import ImageSpace, Intensity
+
+    return ImageSpace(shape, (1.0,) * len(shape), "OT", Intensity("percentile", 1.0, 99.0), ())
+
+
 def _embedded_cohort(out: Path, stage: Stage) -> Path:
     """Ingest the phantoms beside the run, once: a resumed run finds its cohort again."""
     from medvae.demo import ingest_config, write_scans
@@ -192,17 +298,12 @@ def _embedded_cohort(out: Path, stage: Stage) -> Path:
     if not cohort.exists():
         if not scans.exists():
             write_scans(scans, stage("scans"))
-        ingest(scans, cohort, ingest_config(scans / "labels.csv"), progress=stage("ingest"))
+        ingest(scans, cohort, ingest_config(scans / "table.csv"), progress=stage("ingest"))
     return cohort
 
 
 def _silent(title: str) -> None:
     return None
-
-
-def _params(config: Frozen) -> dict[str, Any]:
-    """Return a config as MLflow parameters; paths are left out, because folder names may carry identifiers."""
-    return {k: v for k, v in config.model_dump().items() if not isinstance(v, Path)}
 
 
 def _read(path: Path) -> Any:
@@ -215,23 +316,19 @@ def _must_be_new(out: Path) -> None:
         raise RunError(f"the output folder {out.name!r} is not empty: choose a new one with -o")
 
 
-def _must_be_cohort(cohort: Path) -> Any:
-    """Return what cohort.json holds."""
-    try:
-        info = _read(cohort / "cohort.json")
-    except (OSError, ValueError):
-        raise CohortError("this folder is no cohort: make one with `medvae ingest SOURCE -o COHORT`") from None
-    if not isinstance(info, Mapping) or info.get("schema") != "medvae.cohort/1":
-        raise CohortError("this cohort is of another version: ingest the scans again with this medvae")
-    return info
-
-
 def _must_be_run(run: Path) -> None:
     if not (run / "privacy.json").is_file():
         raise RunError("this folder is no finished run: train with `medvae train COHORT -o RUN`, or give it --resume")
 
 
-def _ledger_of(cohort: Path) -> Any:
+def _training_patients(cohort: Path) -> int:
+    """Count the patients that training would use. Raises CohortError where the folder is no cohort."""
+    from medvae.vault.store import open_cohort
+
+    return len(open_cohort(cohort).reveal().patients("train"))
+
+
+def _ledger_of(cohort: Path) -> Ledger:
     from medvae.dp.ledger import Ledger
 
     return Ledger(cohort / "ledger.db")

@@ -100,8 +100,8 @@ def ingest(
     with Console(as_json, quiet) as out:
         config = build(
             IngestConfig,
-            shape=_numbers("--shape", shape),
-            spacing_mm=_numbers("--spacing-mm", spacing_mm),
+            shape=_numbers(shape),
+            spacing_mm=_numbers(spacing_mm, "--spacing-mm"),
             labels=labels,
             conditions=condition,
             intensity=intensity,
@@ -121,6 +121,7 @@ def plan(
     epsilon: Epsilon,
     cohort: Annotated[Path | None, typer.Argument(help="An ingested cohort.")] = None,
     patients: Annotated[int | None, typer.Option(help="Instead of a cohort: the number of training patients.")] = None,
+    shape: Annotated[str | None, typer.Option(metavar="N N [N]", help="With --patients: the voxels of a scan.")] = None,
     delta: Delta = None,
     pipeline: Pipeline = None,
     as_json: Json = None,
@@ -131,11 +132,11 @@ def plan(
     Example: `medvae plan --patients 500 --dp-epsilon 8`
     """
     from medvae import api, words
-    from medvae.config import TrainConfig, build
+    from medvae.config import IngestConfig, TrainConfig, build
 
     with Console(as_json, quiet) as out:
         config = build(TrainConfig, dp_epsilon=epsilon, dp_delta=delta, recipe=_recipe(pipeline))
-        result = api.plan(cohort, config, patients=patients)
+        result = api.plan(cohort, config, patients=patients, shape=build(IngestConfig, shape=_numbers(shape)).shape)
         out.result(result, words.plan(result))
 
 
@@ -290,7 +291,7 @@ def _recipe(path: Path | None) -> Any:
     return None if path is None else load_recipe(path)
 
 
-def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+def _numbers(text: str | None, flag: str = "--shape") -> tuple[float, ...] | None:
     """Read '32,48,32' or '32x48x32'."""
     if text is None:
         return None

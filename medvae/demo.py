@@ -8,22 +8,24 @@ from medvae.config import AuditConfig, IngestConfig, ReleaseConfig, TrainConfig,
 from medvae.types import Progress
 
 PATIENTS = 400
-SHAPE = (32, 32)
+SIZE = 64
 EPSILON = 8.0
 COUNT = 200
 
 
 def write_scans(folder: Path, progress: Progress | None = None) -> Path:
-    """Write the phantom cohort as a DICOM tree with a table; return the table's path."""
-    from medvae.synth.phantom import write_phantom
+    """Paint the phantoms and write them as a DICOM tree with a table; return the table's path."""
+    from medvae.synth.phantom import make_phantom
+    from medvae.synth.phantom_write import write_phantom
 
-    write_phantom(folder, layout="dicom", spatial_dims=2, patients=PATIENTS, seed=0, progress=progress)
-    return folder / "labels.csv"
+    write_phantom(make_phantom(2, PATIENTS, seed=0, size=SIZE), folder, "dicom", progress)
+    return folder / "table.csv"
 
 
 def ingest_config(labels: Path) -> IngestConfig:
-    """How the demo's scans are read: the same flags a hospital would give."""
-    config: IngestConfig = build(IngestConfig, shape=SHAPE, labels=labels, conditions=("lesion", "age=20:90"))
+    """How the phantoms are read: with the flags that a hospital would give. The age stands in the DICOM header."""
+    conditions = ("lesion=absent|present", "age=20:90")
+    config: IngestConfig = build(IngestConfig, shape=(SIZE, SIZE), labels=labels, conditions=conditions)
     return config
 
 

@@ -50,19 +50,24 @@ def ingest(result: Result, cohort: Path) -> list[str]:
 
 
 def plan(result: Result) -> list[str]:
-    """The plan, a table of epsilons, warnings, bounds in words."""
+    """The plan, a table of epsilons, cost, bounds in words, warnings."""
     lines = [
-        f"{result['patients']} training patients; nothing was read from a scan and nothing is charged",
-        f"asked: {claim(result)}",
+        f"{result['patients']} training patients; no scan was read and nothing is charged",
+        claim(result),
+        f"steps {result['steps']}, sample rate {result['sample_rate']:.4g}, noise multiplier "
+        f"{result['noise_multiplier']:.4g}, clipping norm {result['max_grad_norm']:g}, "
+        f"{result['parameters']:,} trained parameters",
     ]
-    if result["epsilon"] is not None:
+    if result["cost"] is not None:
+        cost = result["cost"]
         lines.append(
-            f"steps {result['steps']}, sample rate {result['sample_rate']:.4g}, noise multiplier "
-            f"{result['noise_multiplier']:.4g}, clipping norm {result['max_grad_norm']:g}"
+            f"about {cost['total_seconds']:.0f} s of training here ({cost['step_seconds']:.2g} s a step, measured on "
+            f"made-up scans), peak memory so far {cost['memory_gb']:.1f} GB"
         )
-        lines += ["", f"noise multiplier by epsilon (at delta {result['delta']:.3g}, same steps, unit and accountant):"]
-        lines += [f"  {row['epsilon']:>6g}  {row['noise_multiplier']:.3f}" for row in result["table"]]
-        lines += ["", "what it means:", *(f"  {line}" for line in result["plain_words"])]
+    if result["table"]:
+        lines += ["", "noise multiplier by epsilon (delta, unit, neighbours, accountant as above):"]
+        lines += [f"  {row['asked']:>6g}  {row['noise_multiplier']:.3f}" for row in result["table"]]
+    lines += ["", "what it means:", *(f"  {line}" for line in result["plain_words"])]
     return lines + [f"warning: {line}" for line in result["warnings"]]
 
 
@@ -101,11 +106,16 @@ def verify(result: Result) -> list[str]:
 
 
 def ledger(result: Result) -> list[str]:
-    """One line a run, then the sum."""
-    about = f"delta {result['delta']:.3g}, unit patient, add-remove neighbours, PLD accountant"
-    lines = [f"{e['sequence']:>3}  {e['state']:<9} {e['run_id']}  {e['note']}".rstrip() for e in result["events"]]
-    left = "no budget is set" if result["budget"] is None else f"of a budget of {result['budget']:g}"
-    return [*lines, f"{len(lines)} runs spent epsilon {result['spent']:.4g} in all, {left} ({about})"]
+    """One line a run, then the sum; every epsilon stands at the delta of the last line."""
+    lines = []
+    for run in result["runs"]:
+        cost = "no privacy" if run["epsilon"] is None else f"epsilon {run['epsilon']:.4g}"
+        state = "ended" if run["ended"] else "not ended, stays charged"
+        lines.append(f"{run['utc']}  {run['run_id']}  {cost}  {state}  {run['note']}".rstrip())
+    left = "no budget is set: give one with --budget"
+    if result["budget"] is not None:
+        left = f"budget {result['budget']:g}, left {result['remaining']:.4g}"
+    return [*lines, f"spent by {len(lines)} runs together: {claim({**result, 'epsilon': result['spent']})}", left]
 
 
 def demo(result: Result) -> list[str]:
