@@ -1,0 +1,174 @@
+"""What the gate looks at before it opens: each check is a pure function that says what it saw.
+
+No check reads a scan or a private statistic: the run's public claim, its model card, and the ledger are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from medvae.config import Recipe, build
+from medvae.crosscheck import agree
+from medvae.dp.delta import check_delta
+from medvae.errors import ConfigError, NotReleasable
+from medvae.gate.evidence import Evidence
+from medvae.schemas import problem
+from medvae.types import SHAREABLE, Mechanism
+
+EPSILON_TOLERANCE = 1e-6  # relative: rounding, and no more
+AGREEMENT = 0.01  # relative: how far two accountants may lie apart
+
+
+@dataclass(frozen=True)
+class Check:
+    """One answer of the gate or of a verifier."""
+
+    name: str
+    ok: bool
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form used in certificates and by `medvae verify`."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail}
+
+
+def check_claim(privacy: Mapping[str, Any]) -> list[Check]:
+    """Check privacy.json alone, before anything else of the run is opened; raises NotReleasable at the first breach."""
+    return _all(privacy, (_schema, _releasable, _noise, _unit))
+
+
+def check_run(evidence: Evidence) -> list[Check]:
+    """Check model, accounting, receipt, budget and audit; raises NotReleasable at the first breach."""
+    checks = [_delta, _headline, _accountants, _receipt, _budget, _weights]
+    return _all(evidence, [*checks, _audit] if evidence.audit else checks)
+
+
+def recompute(mechanisms: Sequence[Mechanism], epsilon: float, delta: float) -> Check:
+    """Recompute epsilon by PLD, which must not exceed the claim, and by PRV, which must agree with PLD to 1 %."""
+    pld, prv, agreed = agree(mechanisms, delta, AGREEMENT)
+    detail = f"claimed {epsilon:.6g}, PLD {pld:.6g}, PRV {prv:.6g}, at delta {delta:.3g}"
+    return Check("epsilon", agreed and pld <= epsilon * (1 + EPSILON_TOLERANCE), detail)
+
+
+def headline(claim: Mapping[str, Any], mechanisms: Sequence[Mechanism]) -> Check:
+    """Check that the steps, sample rate and noise multiplier on top of a claim are those of a charged mechanism."""
+    stated = (claim["noise_multiplier"], claim["sample_rate"], claim["steps"])
+    found = [(m.noise_multiplier, m.sample_rate, m.count) for m in mechanisms]
+    words = f"{stated[2]} steps at sample rate {stated[1]:.4g} with noise multiplier {stated[0]:.4g}"
+    return Check("headline", stated[2] == 0 or stated in found, words)
+
+
+def delta_rule(delta: float, patients: int) -> Check:
+    """Check that delta is below 1/patients."""
+    try:
+        warnings = check_delta(delta, patients)
+    except ConfigError as error:
+        return Check("delta", False, str(error))
+    return Check("delta", True, warnings[0] if warnings else f"{delta:.3g}, far below 1/patients ({1 / patients:.3g})")
+
+
+def _all(subject: Any, checks: Sequence[Callable[[Any], Check]]) -> list[Check]:
+    passed = []
+    for check in checks:
+        result = check(subject)
+        if not result.ok:
+            raise NotReleasable(f"the gate is closed: {result.name}: {result.detail}")
+        passed.append(result)
+    return passed
+
+
+def _schema(privacy: Mapping[str, Any]) -> Check:
+    found = problem("privacy", privacy)
+    return Check("privacy.json", found is None, found or "keeps to its schema")
+
+
+def _releasable(privacy: Mapping[str, Any]) -> Check:
+    reasons = "; ".join(str(r) for r in privacy["reasons"]) or "the run is marked as not releasable"
+    if not privacy["releasable"]:
+        return Check("releasable", False, reasons)
+    return Check("releasable", privacy["epsilon"] is not None, "a finite epsilon, and no mark against release")
+
+
+def _noise(privacy: Mapping[str, Any]) -> Check:
+    source = str(privacy["noise_source"])
+    return Check("noise source", source.startswith("os_entropy"), f"noise and sampling come from {source}")
+
+
+def _unit(privacy: Mapping[str, Any]) -> Check:
+    unit, neighboring = privacy["unit"], privacy["neighboring"]
+    ok = (unit, neighboring) == ("patient", "add-remove")
+    return Check("unit", ok, f"unit {unit}, {neighboring} neighbours")
+
+
+def _delta(evidence: Evidence) -> Check:
+    return delta_rule(evidence.privacy["delta"], evidence.privacy["patients"])
+
+
+def _accountants(evidence: Evidence) -> Check:
+    return recompute(evidence.mechanisms, evidence.privacy["epsilon"], evidence.privacy["delta"])
+
+
+def _headline(evidence: Evidence) -> Check:
+    return headline(evidence.privacy, evidence.mechanisms)
+
+
+def _receipt(evidence: Evidence) -> Check:
+    """Find the run in the ledger: same digest, mechanisms and delta, and ended with these very weights."""
+    receipt, entries = evidence.receipt, evidence.spending.entries
+    rows = {e.kind: e for e in entries if e.run_id == receipt.run_id}
+    reserved, ended = rows.get("reserve"), rows.get("commit")
+    weights = evidence.model.card["weights_sha256"]
+    faults = {
+        "the ledger holds no run of this receipt": reserved is None or reserved.receipt != receipt,
+        "the ledger charged other mechanisms": reserved is not None and reserved.mechanisms != evidence.mechanisms,
+        "the ledger charged at another delta": reserved is not None and reserved.delta != evidence.privacy["delta"],
+        "the ledger does not say that the run ended": ended is None,
+        "the run ended with other weights than these": ended is not None and ended.note != f"weights {weights}",
+    }
+    found = [words for words, wrong in faults.items() if wrong]
+    return Check(
+        "receipt", not found, found[0] if found else f"row {receipt.sequence} of the ledger, charged and ended"
+    )
+
+
+def _budget(evidence: Evidence) -> Check:
+    spending = evidence.spending
+    if spending.budget is None:
+        return Check("budget", True, "no budget is set for this cohort")
+    limit = spending.budget.epsilon
+    ok = spending.against_budget <= limit * (1 + EPSILON_TOLERANCE)
+    return Check("budget", ok, f"{spending.against_budget:.6g} of {limit:g} spent at delta {spending.budget.delta:.3g}")
+
+
+def _weights(evidence: Evidence) -> Check:
+    """Hold the card against its types; the digest of the weights was compared when the model was read."""
+    try:
+        build(Recipe, **evidence.model.card["recipe"])
+    except (ConfigError, KeyError, TypeError):
+        return Check("model", False, "model.json holds no recipe of this version")
+    if not all(np.isfinite(w).all() for w in evidence.model.weights.values()):
+        return Check("model", False, "some weights are not finite numbers: the training diverged")
+    return Check("model", True, f"weights of SHA-256 {evidence.model.card['weights_sha256']}")
+
+
+def _audit(evidence: Evidence) -> Check:
+    """The audit must be of this very run and model, shareable, and not against the release."""
+    audit = evidence.audit
+    if audit is None:
+        return Check("audit", True, "no audit was given")
+    claim = audit.public.get("claim") or {}
+    provenances = {str(f.get("provenance")) for f in audit.public.get("findings", [])}
+    faults = {
+        "the report is of another run": claim.get("receipt_digest") != evidence.receipt.digest,
+        "the report is of another model, or older than it": (
+            claim.get("weights_sha256") != evidence.model.card["weights_sha256"]
+        ),
+        "the public report holds a private finding": not provenances <= SHAREABLE,
+        "the audit decided DO NOT RELEASE": any("DO NOT" in d.upper().replace("_", " ") for d in audit.decisions),
+    }
+    found = [words for words, wrong in faults.items() if wrong]
+    return Check("audit", not found, found[0] if found else f"of this run and model: {audit.decisions[0]}")

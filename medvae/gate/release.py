@@ -1,0 +1,232 @@
+"""The gate: looks at a run, generates from its model, and writes the one folder that may leave.
+
+All of it is post-processing of a differentially private model: nothing here reads a scan, and of the run only the
+public claim, the model, the ledger's receipt and the signing key are opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from medvae.config import ReleaseConfig
+from medvae.errors import ConfigError, InputError
+from medvae.gate import bids, card, certificate, manifest, sign
+from medvae.gate.checks import Check, check_claim, check_run
+from medvae.gate.croissant import croissant
+from medvae.gate.evidence import AUDIT_FILES, Evidence, read_evidence, read_privacy
+from medvae.schemas import check, version
+from medvae.synth import sample
+from medvae.synth.staging import staged_folder
+from medvae.synth.write_dicom import write_dicom
+from medvae.synth.write_nifti import write_nifti
+from medvae.synth.write_npz import write_npz
+from medvae.synth.write_png import write_png
+from medvae.types import Condition, ConditionValue, ImageSpace, Progress, SyntheticCohort
+
+Render = Callable[[Mapping[str, Any], Path], None]
+Rows = Sequence[Mapping[str, ConditionValue]]
+
+WRITERS = {"nifti": write_nifti, "dicom": write_dicom, "png": write_png, "npz": write_npz}
+UNIFORM_WORDS = "uniform over the classes and ranges"
+TABLE_WORDS = "from a table given by the data holder, who declares it public"
+
+
+def release(
+    run: Path,
+    out: Path,
+    config: ReleaseConfig,
+    report: Path | None = None,
+    render: Render | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check a finished run and write the release folder `out`; return a summary.
+
+    Guarantee: what is written is post-processing of a model that is (epsilon, delta)-DP as its certificate states.
+    render writes certificate.html and .pdf into a folder, from the certificate. `out` appears complete or not at all.
+    Raises RunError for a run, report or `out` that cannot be used, ConfigError for a table or key that cannot, and
+    NotReleasable, naming the check, where the gate stays closed.
+    """
+    config = config.model_copy(update={"formats": tuple(dict.fromkeys(config.formats))})
+    privacy = read_privacy(run)
+    checks = check_claim(privacy)
+    evidence = read_evidence(run, privacy, report)
+    checks += check_run(evidence)
+    rows = _rows(config, evidence.space)
+    key = sign.signing_key(config.key, run)
+    with staged_folder(out.resolve()) as folder:
+        _write_images(folder, evidence, rows, config, progress)
+        proof = _certificate(evidence, checks, config, key)
+        _write_documents(folder, evidence, proof, rows, config, render)
+        if report is not None:
+            _copy_audit(report / "public", folder / "audit")
+        files = _seal(folder, proof, key)
+    return {
+        "count": config.count,
+        "formats": list(config.formats),
+        **certificate.short_claim(privacy),
+        "files": files,
+        "key_id": proof["signer"]["key_id"],
+        "checks": proof["checks"],
+    }
+
+
+def _rows(config: ReleaseConfig, space: ImageSpace) -> list[dict[str, ConditionValue]]:
+    """Return one row of conditions an image: uniform, or the user's table repeated to the count."""
+    if config.conditions is None:
+        return sample.spread_conditions(space, config.count, config.seed)
+    table = _read_table(config.conditions, space.conditions)
+    return [table[i % len(table)] for i in range(config.count)]
+
+
+def _read_table(path: Path, conditions: tuple[Condition, ...]) -> list[dict[str, ConditionValue]]:
+    """Read the columns named like conditions, and no other; raises ConfigError without repeating a value."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise ConfigError("the conditions table cannot be read: give a CSV file with one column a condition") from None
+    missing = [c.name for c in conditions if not lines or c.name not in lines[0]]
+    if missing:
+        raise ConfigError(f"the conditions table has no column {missing[0]!r}, or no row: add it")
+    return [{c.name: _value(c, line[c.name], i) for c in conditions} for i, line in enumerate(lines, start=1)]
+
+
+def _value(condition: Condition, text: str | None, line: int) -> ConditionValue:
+    where = f"row {line} of the conditions table: {condition.name!r}"
+    text = (text or "").strip()
+    if condition.kind == "class":
+        if text not in condition.classes:
+            raise ConfigError(f"{where} is not a known class: use one of {', '.join(condition.classes)}")
+        return text
+    low, high = condition.range or (0.0, 0.0)
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not low <= number <= high:
+        raise ConfigError(f"{where} is not a number from {low:g} to {high:g}: the model knows no other")
+    return number
+
+
+def _write_images(
+    folder: Path, evidence: Evidence, rows: Rows, config: ReleaseConfig, progress: Progress | None
+) -> None:
+    stages = 1 + len(config.formats)
+    cohort = sample.generate(evidence.model, rows, config.seed, progress=_stage(progress, 0, stages, len(rows)))
+    _must_fit(cohort, evidence.space, len(rows))
+    claim = certificate.short_claim(evidence.privacy)
+    for i, name in enumerate(config.formats, start=1):
+        WRITERS[name](cohort, folder, claim, progress=_stage(progress, i, stages, len(rows)))
+
+
+def _stage(progress: Progress | None, stage: int, stages: int, count: int) -> Progress | None:
+    """Return a progress for one stage of equal stages, in images."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(stage * count + round(done / max(total, 1) * count), stages * count)
+
+
+def _must_fit(cohort: SyntheticCohort, space: ImageSpace, count: int) -> None:
+    if cohort.images.shape != (count, *space.spatial_shape):
+        raise InputError(f"the model made images of shape {cohort.images.shape}, not as its card says: train again")
+
+
+def _certificate(
+    evidence: Evidence, checks: Sequence[Check], config: ReleaseConfig, key: Ed25519PrivateKey
+) -> dict[str, Any]:
+    public = key.public_key()
+    proof = certificate.build(
+        evidence,
+        checks,
+        title=_title(config),
+        count=config.count,
+        formats=config.formats,
+        conditions=UNIFORM_WORDS if config.conditions is None else TABLE_WORDS,
+        signer={"algorithm": "Ed25519", "key_id": sign.key_id(public), "public_key": sign.public_pem(public)},
+    )
+    check("certificate", proof)
+    return proof
+
+
+def _write_documents(
+    folder: Path,
+    evidence: Evidence,
+    proof: Mapping[str, Any],
+    rows: Rows,
+    config: ReleaseConfig,
+    render: Render | None,
+) -> None:
+    space, claim = evidence.space, certificate.claim_words(proof["claim"])
+    (folder / "privacy").mkdir()
+    _write_json(folder / "privacy" / "certificate.json", proof)
+    if render is not None:
+        render(proof, folder / "privacy")
+    texts = {
+        "README.md": card.readme(proof, claim),
+        "DATASET_CARD.md": card.dataset_card(proof, space, claim),
+        "LICENSE": card.licence(proof),
+        "CITATION.cff": card.citation(proof, claim),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    bids.write_bids(folder, proof["title"], card.LICENCE, space.conditions, rows, claim)
+    _write_json(folder / "provenance.json", _provenance(evidence, proof, config))
+    named = ("participants.tsv", "privacy/certificate.json", "cohort.npz")
+    sums = {name: manifest.digest(folder / name) for name in named if (folder / name).exists()}
+    _write_json(folder / "croissant.json", croissant(proof, space.conditions, sums, claim, card.LICENCE_URL))
+
+
+def _provenance(evidence: Evidence, proof: Mapping[str, Any], config: ReleaseConfig) -> dict[str, Any]:
+    """Return provenance.json: what made the images, so that the same model and seed make them again. No path."""
+    data = {
+        "schema": version("provenance"),
+        "created": proof["created"],
+        "tool": proof["tool"],
+        "software": proof["software"],
+        "model": {
+            "weights_sha256": evidence.model.card["weights_sha256"],
+            "space": evidence.space.to_json(),
+            "recipe": evidence.model.card["recipe"],
+        },
+        "receipt": proof["claim"]["receipt"],
+        "synthesis": {
+            "seed": config.seed,
+            "count": config.count,
+            "formats": list(config.formats),
+            "conditions": proof["release"]["conditions"],
+        },
+    }
+    check("provenance", data)
+    return data
+
+
+def _copy_audit(public: Path, target: Path) -> None:
+    """Copy the public report, by name: anything else in its folder stays behind."""
+    target.mkdir()
+    for name in AUDIT_FILES:
+        if (public / name).is_file():
+            shutil.copyfile(public / name, target / name)
+
+
+def _seal(folder: Path, proof: Mapping[str, Any], key: Ed25519PrivateKey) -> int:
+    """Write SHA256SUMS and the signed statement over every file, and return the number of files."""
+    sums = manifest.digests(folder)
+    (folder / manifest.SUMS).write_bytes(manifest.render(sums))
+    predicate = certificate.predicate(proof)
+    (folder / manifest.STATEMENT).write_bytes(sign.seal(sign.statement(sums, predicate), key))
+    return len(sums) + 2
+
+
+def _title(config: ReleaseConfig) -> str:
+    return " ".join(config.title.split()) or "Synthetic medical images"
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
