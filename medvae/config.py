@@ -28,6 +28,7 @@ class IngestConfig(Frozen):
     shape: tuple[Count, ...] | None = None
     spacing_mm: tuple[Positive, ...] | None = None
     labels: Path | None = None
+    modality: Annotated[str, Field(pattern="^[A-Z]{2,3}$")] | None = None
     conditions: tuple[str, ...] = ()
     intensity: Literal["auto", "window", "percentile"] = "auto"
     intensity_low: float | None = None

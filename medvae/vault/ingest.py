@@ -38,7 +38,7 @@ def ingest(source: Path, out: Path, config: IngestConfig, progress: Progress | N
     """
     check_free(out)
     with quiet():
-        src = _read(discover(source), config)
+        src = _declared(_read(discover(source), config), config)
         rows = _usable_rows(src, config)
         conditions = plan_conditions(_specs(src, config), rows)
         modality = common_modality(src, conditions)
@@ -98,6 +98,15 @@ def _read(found: Found, config: IngestConfig) -> Source:
             f"{faulty} of {faulty + len(src.scans)} series cannot be stacked ({reason}): {REMEDIES[reason]}"
         )
     return src
+
+
+def _declared(src: Source, config: IngestConfig) -> Source:
+    """Take the modality from the config where the format does not tell it."""
+    if config.modality is None or src.modality == config.modality:
+        return src
+    if src.modality != "OT":
+        raise ConfigError(f"the source is of modality {src.modality}, not {config.modality}: leave the modality out")
+    return replace(src, modality=config.modality)
 
 
 def _usable_rows(src: Source, config: IngestConfig) -> list[Row]:

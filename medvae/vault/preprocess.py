@@ -118,9 +118,9 @@ def _orient(channels: list[FloatArray], affine: npt.NDArray[np.float64]) -> tupl
     from monai.transforms import Orientation
 
     axes = affine[:3, :3]
-    if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) < 1e-9:
-        raise Unusable("affine is singular or not finite")
     norms = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(axes)) <= 1e-6 * norms.prod():
+        raise Unusable("affine is singular or not finite")
     cosines = (axes / norms).T @ (axes / norms)
     if np.abs(cosines - np.eye(3)).max() > SHEAR:
         raise Unusable("affine has shear (gantry tilt)")
