@@ -92,14 +92,15 @@ def train_dpsgd(
                 json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in line.items()}}) + "\n"
             )
             log.flush()
-            done = step + 1
-            if done % config.checkpoint_every == 0 or done == plan.steps or interrupted():
-                _save(folder, model, average, optimizer, plan, done)
             if on_step is not None:
                 on_step(step, line)
             if progress is not None:
-                progress(done, plan.steps)
-            if interrupted():
+                progress(step + 1, plan.steps)
+
+            stop = interrupted()
+            if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == plan.steps:
+                _save(folder, model, average, optimizer, plan, step + 1)
+            if stop:
                 raise KeyboardInterrupt
 
     _set_weights(model, average)

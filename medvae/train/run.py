@@ -1,7 +1,7 @@
 """One training run, from a cohort folder to a run folder that holds a released model and its claim.
 
 The order is the privacy argument. The plan is fixed from public numbers; `run.json` is written with the run's id; the
-ledger is charged for all of the plan; only then is a scan read. Each stage leaves what resuming needs:
+ledger is charged for all of the plan; only then does a stage read a scan. Each leaves what resuming needs:
 
     private/run.json         the run's id: resumed, it gets the same receipt and never a second charge
     private/moments.json     the closed-form stage is done and never read from again
@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,11 @@ FREE_TO_CHANGE = {"threads", "device"}
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The run folder and what its run.json says. `run_id` is what the ledger knows the run by."""
+    """The run folder, the id the ledger knows the run by, and the keyed fingerprint of the cohort."""
 
     path: Path
     run_id: str
+    fingerprint: str
 
     @property
     def private(self) -> Path:
@@ -78,7 +79,8 @@ def train(
     a state that `resume` continues.
     """
     store: CohortStore = open_cohort(cohort).reveal()
-    if finished := _finished(out, config, store, resume):
+    facts = _run_facts(cohort, config, store)
+    if finished := _finished(out, facts, resume):
         return finished
     patients = store.patients("train")
     plan = make_plan(len(patients), store.space, config)
@@ -87,7 +89,7 @@ def train(
         torch.set_num_threads(config.threads)
 
     ledger = Ledger(cohort / "ledger.db")
-    with _open_run(cohort, out, config, store, resume=resume) as run:
+    with _open_run(out, facts, resume=resume) as run:
         receipt = _charge(ledger, run, plan)
         randomness = make_randomness(config.noise_source, config.seed)
         model = _initial_model(plan, store, config.seed)
@@ -176,7 +178,7 @@ def _finish(
     card = make_card(store.space, plan.recipe)
     written = write_release(run.path / "model", ModelRelease(weights=state_arrays(model), card=card))
     _commit(ledger, run.run_id, f"weights {written['weights_sha256']}")
-    claim = privacy_claim(plan.privacy, store.space, randomness, receipt, store.fingerprint(), plan.warnings)
+    claim = privacy_claim(plan.privacy, store.space, randomness, receipt, run.fingerprint, plan.warnings)
     write_json(run.path / "privacy.json", claim)
     return claim
 
@@ -191,12 +193,12 @@ def _commit(ledger: Ledger, run_id: str, note: str) -> None:
         )
 
 
-def _finished(out: Path, config: TrainConfig, store: CohortStore, resume: bool) -> dict[str, Any] | None:
+def _finished(out: Path, facts: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
     """Return the claim of a run that is done, where resuming is asked for."""
     path = out / "privacy.json"
     if not resume or not path.is_file():
         return None
-    _read_run(out, config, store)
+    _read_run(out, facts)
     claim = _read_json(path)
     if claim.get("schema") != SCHEMA:
         raise RunError(f"the run is not of version {SCHEMA}: start a new run in another folder")
@@ -204,7 +206,7 @@ def _finished(out: Path, config: TrainConfig, store: CohortStore, resume: bool) 
 
 
 @contextmanager
-def _open_run(cohort: Path, out: Path, config: TrainConfig, store: CohortStore, *, resume: bool) -> Iterator[RunFolder]:
+def _open_run(out: Path, facts: Mapping[str, Any], *, resume: bool) -> Iterator[RunFolder]:
     """Make or find the run folder, for this process alone."""
     if resume and not out.is_dir():
         raise RunError("there is no run to resume in this folder: leave --resume out to start one")
@@ -214,17 +216,17 @@ def _open_run(cohort: Path, out: Path, config: TrainConfig, store: CohortStore, 
     if begun and not resume:
         raise RunError("the output folder is not empty: choose a new one with -o, or continue its run with --resume")
     private = out / "private"
+    if begun and not private.is_dir():
+        raise RunError("this folder holds no run of ours: choose a new one with -o")
     private.mkdir(parents=True, exist_ok=True)
     with _alone(private):
         path = private / "run.json"
         if path.is_file():
-            run_id = str(_read_run(out, config, store)["run_id"])
-        elif begun and any(p.name not in ("lock", ".run.json.part") for p in out.rglob("*") if p.is_file()):
-            raise RunError("this folder holds no run of ours: choose a new one with -o")
-        else:
+            run_id = str(_read_run(out, facts)["run_id"])
+        else:  # new, or stopped before it had an id, and so before it was charged
             run_id = secrets.token_hex(16)
-            write_json(path, _run_facts(cohort, config, store) | {"run_id": run_id})
-        yield RunFolder(out, run_id)
+            write_json(path, {**facts, "run_id": run_id})
+        yield RunFolder(out, run_id, str(facts["fingerprint"]))
 
 
 @contextmanager
@@ -249,20 +251,20 @@ def _run_facts(cohort: Path, config: TrainConfig, store: CohortStore) -> dict[st
     }
 
 
-def _read_run(out: Path, config: TrainConfig, store: CohortStore) -> dict[str, Any]:
+def _read_run(out: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """Read private/run.json and check that it was begun with these settings on this cohort."""
-    facts = _read_json(out / "private" / "run.json")
-    if facts.get("schema") != RUN_SCHEMA:
+    then = _read_json(out / "private" / "run.json")
+    if then.get("schema") != RUN_SCHEMA:
         raise RunError(f"the run is not of version {RUN_SCHEMA}: start a new run in another folder")
-    then, now = dict(facts.get("config", {})), json.loads(config.model_dump_json())
-    changed = sorted(k for k in now.keys() | then.keys() if k not in FREE_TO_CHANGE and now.get(k) != then.get(k))
+    old, new = dict(then.get("config", {})), dict(now["config"])
+    changed = sorted(k for k in new.keys() | old.keys() if k not in FREE_TO_CHANGE and new.get(k) != old.get(k))
     if changed:
         raise RunError(
             f"the run was begun with another {changed[0]}: resume with the settings of the first start, or start anew"
         )
-    if facts.get("fingerprint") != store.fingerprint():
+    if then.get("fingerprint") != now["fingerprint"]:
         raise RunError("the run was begun on another cohort, or the cohort has changed: start a new run")
-    return facts
+    return then
 
 
 def _read_json(path: Path) -> dict[str, Any]:

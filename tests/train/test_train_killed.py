@@ -1,0 +1,32 @@
+"""SIGKILL at random moments: the same spent epsilon, never a second charge, the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("killed.py")
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_runs_end_like_undisturbed_ones(tmp_path: Path, kills: int) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(tmp_path), str(kills)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert result["status"] == 0
+    assert result["killed"] >= 3
+    assert result["epsilons"][0] == result["epsilons"][1]
+    assert result["charges"] == result["commits"] == result["runs"]
+    assert result["same_weights"]
