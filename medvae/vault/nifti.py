@@ -153,7 +153,9 @@ def _load(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
         image = nibabel.load(path)
         shape = tuple(int(n) for n in image.shape)
         dtype = image.get_data_dtype()
-    except (OSError, ValueError, EOFError, zlib.error, ImageFileError):
+    except EOFError:
+        raise Unusable("truncated file") from None
+    except (OSError, ValueError, zlib.error, ImageFileError):
         raise Unusable("unreadable file") from None
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]

@@ -13,6 +13,7 @@ from medvae.config import IngestConfig
 from medvae.vault.ingest import ingest
 from medvae.vault.store import CohortStore, open_cohort
 
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -85,7 +85,7 @@ def test_affine_of_an_oblique_series_is_the_standards_formula(tmp_path: Path) ->
 
 def test_series_equals_dicom2nifti_in_space(tmp_path: Path, test_data: Any) -> None:
     """A real MR series: every voxel lies at the same RAS place with the same value as in dicom2nifti's file."""
-    dicom2nifti = pytest.importorskip("dicom2nifti")
+    convert = pytest.importorskip("dicom2nifti.convert_dicom")
     import nibabel
 
     study = test_data("btp_hcrop_dicom") / "Study1"
@@ -95,10 +95,8 @@ def test_series_equals_dicom2nifti_in_space(tmp_path: Path, test_data: Any) -> N
     settings.disable_validate_slicecount()
     settings.disable_validate_orthogonal()
     settings.disable_validate_slice_increment()
-    import dicom2nifti.convert_dicom
-
     folder = next(p for p in study.iterdir() if p.is_dir())
-    dicom2nifti.convert_dicom.dicom_series_to_nifti(str(folder), str(tmp_path / "x.nii.gz"), reorient_nifti=False)
+    convert.dicom_series_to_nifti(str(folder), str(tmp_path / "x.nii.gz"), reorient_nifti=False)
     theirs = nibabel.as_closest_canonical(nibabel.load(tmp_path / "x.nii.gz"))
     (scan,) = dicom_source(discover(study), None, need_spacing=True).scans
     read = scan.read()
@@ -128,7 +126,12 @@ def test_spacing_in_2d_is_millimetres(tmp_path: Path, run: Any) -> None:
             tmp_path / "in" / f"{name}.dcm", (inside * 1000).astype("i2"), PatientID=name, PixelSpacing=list(spacing)
         )
     store = run(
-        tmp_path / "in", shape=(32, 32), spacing_mm=(2.0, 2.0), intensity="window", intensity_low=0.0, intensity_high=1e3
+        tmp_path / "in",
+        shape=(32, 32),
+        spacing_mm=(2.0, 2.0),
+        intensity="window",
+        intensity_low=0.0,
+        intensity_high=1e3,
     )
     for image in store.load([0, 1]).x[:, 0]:
         assert image.sum() == pytest.approx(64, rel=0.15)
