@@ -24,8 +24,8 @@ _Key = tuple[tuple[float, float, int], ...]  # (noise_multiplier, sample_rate, c
 
 CLAIM_CELLS = 50  # grid cells in one rms privacy loss of a step, for figures that are stated
 SEARCH_CELLS = 8  # the same inside a search, whose result is then checked at CLAIM_CELLS
-_MAX_WIDTH = 2.0**-8
-_MAX_CELLS = 5e6
+_MAX_RMS = 0.2  # so that a grid for a claim is never coarser than 1/256
+_MAX_CELLS = 1e6
 _MAX_LOSS = 1e5
 _EPSILON_DIGITS = 6
 _SMALLEST_DELTA = 1e-12  # below it the rounding errors of the Fourier transform would decide
@@ -228,7 +228,7 @@ def _accountant(key: _Key, cells: int) -> Any:
 def _grid_width(key: _Key, cells: int) -> float:
     """Return the grid's width: a power of two, at most the rms privacy loss of a step divided by `cells`."""
     steps = sum(count for _, _, count in key)
-    width = min(math.sqrt(_variance(key) / steps) / cells, _MAX_WIDTH)
+    width = min(math.sqrt(_variance(key) / steps), _MAX_RMS) / cells
     return float(2.0 ** math.floor(math.log2(max(width, _reach(key) / _MAX_CELLS))))
 
 
