@@ -1,118 +1,25 @@
-"""A small finished run, made by hand: real mechanisms, ledger and model files, and no scan anywhere."""
+"""Fixtures of the gate's tests: a releasable run and a release, each once for reading and once for harming."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from hand_made_run import agree_once, build_run, edit_json, fake_generate, fake_render
 
-from medvae.config import Recipe, ReleaseConfig
-from medvae.crosscheck import prv_epsilon
-from medvae.dp.accounting import pld_epsilon
-from medvae.dp.ledger import Ledger
-from medvae.dp.tradeoff import plain_words
+from medvae.config import ReleaseConfig
+from medvae.gate import checks
 from medvae.gate.release import release
 from medvae.synth import sample
-from medvae.synth.store import write_release
-from medvae.types import Condition, ImageSpace, Intensity, Mechanism, ModelRelease, SyntheticCohort
-
-SPACE = ImageSpace(
-    spatial_shape=(8, 10, 6),
-    spacing_mm=(1.0, 1.0, 1.5),
-    modality="MR",
-    intensity=Intensity("percentile", 1.0, 99.0),
-    conditions=(
-        Condition("size_class", "class", ("small", "large")),
-        Condition("age", "continuous", range=(20.0, 90.0)),
-    ),
-    mask_labels=(1, 2),
-)
-MECHANISMS = (Mechanism("moments", 2.0), Mechanism("dpsgd", 1.1, sample_rate=0.1, count=20))
-DELTA = 1e-5
-PATIENTS = 200
-PLANTED = ("PLANTED-JANSEN", "19470823", "/srv/ward7/scans")
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2), encoding="utf-8")
-
-
-def build_run(
-    folder: Path,
-    *,
-    space: ImageSpace = SPACE,
-    model: ModelRelease | None = None,
-    commit: bool = True,
-    mechanisms: Sequence[Mechanism] = MECHANISMS,
-) -> Path:
-    """Write FOLDER/run and FOLDER/cohort/ledger.db, and return the run."""
-    run, book = folder / "run", folder / "cohort" / "ledger.db"
-    book.parent.mkdir(parents=True)
-    ledger = Ledger(book)
-    receipt = ledger.reserve("run-7f3a", mechanisms, DELTA, note=PLANTED[0])
-    weights = {"decoder.weight": np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)}
-    card = {"space": space.to_json(), "recipe": Recipe().model_dump(mode="json")}
-    written = write_release(run / "model", model or ModelRelease(weights, card))
-    if commit:
-        ledger.commit("run-7f3a", f"weights {written['weights_sha256']}")
-    epsilon = pld_epsilon(mechanisms, DELTA)
-    write_json(
-        run / "privacy.json",
-        {
-            "schema": "medvae.privacy/1",
-            "epsilon": epsilon,
-            "delta": DELTA,
-            "unit": "patient",
-            "neighboring": "add-remove",
-            "accountant": "pld",
-            "sample_rate": 0.1,
-            "noise_multiplier": 1.1,
-            "max_grad_norm": 1.0,
-            "steps": 20,
-            "mechanisms": [m.to_json() for m in mechanisms],
-            "noise_source": "os_entropy:chacha20",
-            "releasable": True,
-            "patients": PATIENTS,
-            "reasons": [],
-            "receipt": receipt.to_json(),
-            "crosscheck": {"accountant": "prv", "epsilon": prv_epsilon(mechanisms, DELTA)},
-            "fingerprint": "hmac-sha256:" + "ab" * 32,
-            "declared_public": ["number of patients", "class names"],
-            "plain_words": plain_words(epsilon, DELTA, mechanisms),
-            "versions": {"medvae-dp": "0.1.0", "torch": "2.13.0"},
-        },
-    )
-    write_json(run / "private" / "run.json", {"cohort": PLANTED[2], "ledger": str(book), "config": {"who": PLANTED[0]}})
-    (run / "private" / "losses.jsonl").write_text(f'{{"step": 1, "loss": 0.25, "patient": "{PLANTED[1]}"}}\n')
-    return run
-
-
-def fake_generate(model: ModelRelease, conditions: Any, seed: int, progress: Any = None, **_: Any) -> SyntheticCohort:
-    """Stand in for the model: noise of the right shape. Tests of the model itself live with it."""
-    rng = np.random.default_rng(seed)
-    space = model.space
-    shape = (len(conditions), *space.spatial_shape)
-    masks = rng.integers(0, 3, shape).astype(np.uint8) if space.mask_labels else None
-    if progress is not None:
-        progress(len(conditions), len(conditions))
-    return SyntheticCohort(rng.random(shape, dtype=np.float32), masks, tuple(map(dict, conditions)), space)
-
-
-def fake_render(certificate: Mapping[str, Any], folder: Path) -> None:
-    (folder / "certificate.html").write_text(f"<title>{certificate['title']}</title>")
-    (folder / "certificate.pdf").write_bytes(b"%PDF-1.7 " + str(certificate["claim"]["epsilon"]).encode())
 
 
 @pytest.fixture(autouse=True)
-def _no_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _stand_ins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDVAE_SIGNING_KEY", raising=False)
-    if "real_model" not in request.keywords.node.name:
+    monkeypatch.setattr(checks, "agree", agree_once)
+    if "real_model" not in request.node.name:
         monkeypatch.setattr(sample, "generate", fake_generate)
 
 
@@ -125,14 +32,10 @@ def base_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(base_run: Path, tmp_path: Path) -> Path:
     """A releasable run of the test's own, with a ledger of its own."""
-    shutil.copytree(base_run.parent, tmp_path / "own")
+    shutil.copytree(base_run.parent, tmp_path / "own", ignore=shutil.ignore_patterns("signing_key.pem"))
     own = tmp_path / "own" / "run"
     edit_json(own / "private" / "run.json", ledger=str(tmp_path / "own" / "cohort" / "ledger.db"))
     return own
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    write_json(path, {**json.loads(path.read_text()), **changes})
 
 
 @pytest.fixture
@@ -148,6 +51,7 @@ def base_release(base_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = ReleaseConfig(count=3, formats=("nifti", "dicom", "png", "npz"), seed=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "generate", fake_generate)
+        patch.setattr(checks, "agree", agree_once)
         patch.delenv("MEDVAE_SIGNING_KEY", raising=False)
         release(base_run, out, config, render=fake_render)
     return out
