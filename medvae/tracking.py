@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 """Set before mlflow is imported, where the user has not chosen otherwise."""
@@ -309,7 +310,7 @@ def _register(client: Any, run_id: str, model_dir: Path) -> None:
     with suppress(Exception):  # the name may exist already: that is what the next line needs
         client.create_registered_model(MODEL_NAME)
     source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    client.create_model_version(MODEL_NAME, source, run_id=run_id)
+    client.create_model_version(MODEL_NAME, source, run_id=run_id, await_creation_for=0)
 
 
 def _metrics(rows: Sequence[tuple[str, float, int, int]]) -> list[Any]:
