@@ -25,8 +25,8 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path: Path, kills: int) -> No
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
-    assert result["status"] == 0
-    assert result["killed"] >= 3
-    assert result["epsilons"][0] == result["epsilons"][1]
-    assert result["charges"] == result["commits"] == result["runs"]
-    assert result["same_weights"]
+    assert result["killed"] == kills
+    assert len(set(result["epsilons"])) == 1
+    assert result["charges"] == result["runs"]
+    assert sorted(result["commits"]) == sorted(result["runs"])
+    assert len(set(result["weights"])) == 1
