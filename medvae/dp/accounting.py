@@ -210,7 +210,7 @@ def _event(noise_multiplier: float, sample_rate: float, count: int) -> Any:
     return dp_accounting.SelfComposedDpEvent(event, count)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _accountant(key: _Key, cells: int) -> Any:
     """Compose once: callers only ask the accountant for epsilon and delta."""
     from dp_accounting import NeighboringRelation
