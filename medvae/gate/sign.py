@@ -40,7 +40,12 @@ def signing_key(chosen: Path | None, run: Path) -> Ed25519PrivateKey:
         return _read_private(path)
     own = run / "private" / "signing_key.pem"
     if not own.exists():
-        _write_private(own, Ed25519PrivateKey.generate())
+        try:
+            _write_private(own, Ed25519PrivateKey.generate())
+        except PermissionError:
+            raise ConfigError(
+                f"the run's folder is not yours to write a signing key to: name one by {KEY_VARIABLE}"
+            ) from None
     return _read_private(own)
 
 

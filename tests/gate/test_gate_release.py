@@ -381,6 +381,17 @@ def test_a_given_key_signs_and_the_variable_stands_in_for_it(
     assert not (run / "private" / "signing_key.pem").exists()
 
 
+def test_a_run_that_cannot_be_written_asks_for_a_key(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(sign, "_write_private", refused)
+    with pytest.raises(ConfigError, match="MEDVAE_SIGNING_KEY"):
+        release(run, tmp_path / "out", SMALL)
+
+
 @pytest.mark.parametrize("content", [b"", b"no key", pem(ec.generate_private_key(ec.SECP256R1()))])
 def test_a_key_that_cannot_sign_is_bad_input(run: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key.pem").write_bytes(content)
