@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medvae.types import FloatArray
+from medvae.types import FloatArray, Progress
 from medvae.vault.discover import Found, strangers
 from medvae.vault.scan import MAX_PIXELS, MAX_VOXELS, Scan, Source, Unusable, Volume, names_of
 from medvae.vault.series import Geometry, geometry
@@ -57,7 +57,7 @@ class Header:
     attributes: dict[str, str]
 
 
-def dicom_source(found: Found, dims: int | None, need_spacing: bool) -> Source:
+def dicom_source(found: Found, dims: int | None, need_spacing: bool, progress: Progress | None = None) -> Source:
     """Group the files of a DICOM tree into scans.
 
     dims: 2 makes every slice a scan, 3 every series; None decides by what most series are. Files and series that
@@ -66,7 +66,9 @@ def dicom_source(found: Found, dims: int | None, need_spacing: bool) -> Source:
     skipped = strangers(found)
     unused: set[str] = set()
     series: dict[tuple[str, str], dict[str, Header]] = defaultdict(dict)
-    for path in found.files:
+    for done, path in enumerate(found.files, start=1):
+        if progress is not None:
+            progress(done, len(found.files))
         try:
             header = read_header(path)
         except Unusable as verdict:

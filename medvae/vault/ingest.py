@@ -30,15 +30,15 @@ MIN_TRAIN_PATIENTS = 2
 def ingest(source: Path, out: Path, config: IngestConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Find the scans of `source`, group them by patient, preprocess and store them; return cohort.json's content.
 
-    One scan is in memory at a time. Scans that cannot be used are counted by reason in "skipped". The patient id
-    serves to group and to split and is never stored.
+    One scan is in memory at a time. `progress` counts a DICOM tree's headers first, and then the scans. Scans that
+    cannot be used are counted by reason in "skipped". The patient id serves to group and to split and is never stored.
 
     Raises CohortError or ConfigError with one sentence where the source cannot be used as asked; `out` then does not
     exist. Messages hold counts and reasons, never a name of a file or a value of a patient.
     """
     check_free(out)
     with quiet():
-        src = _declared(_read(discover(source), config), config)
+        src = _declared(_read(discover(source), config, progress), config)
         rows = _usable_rows(src, config)
         conditions = plan_conditions(_specs(src, config), rows)
         modality = common_modality(src, conditions)
@@ -81,7 +81,7 @@ def ingest(source: Path, out: Path, config: IngestConfig, progress: Progress | N
     return info
 
 
-def _read(found: Found, config: IngestConfig) -> Source:
+def _read(found: Found, config: IngestConfig, progress: Progress | None) -> Source:
     if found.layout == "npz":
         if config.labels is not None:
             raise ConfigError("an .npz carries its labels inside: leave --labels out")
@@ -90,7 +90,7 @@ def _read(found: Found, config: IngestConfig) -> Source:
         return picture_source(found)
     if found.layout != "dicom":
         return replace(nifti_source(found), dims=len(config.shape) if config.shape else 3)
-    src = dicom_source(found, len(config.shape) if config.shape else None, config.spacing_mm is not None)
+    src = dicom_source(found, len(config.shape) if config.shape else None, config.spacing_mm is not None, progress)
     faulty = sum(src.skipped[r] for r in GEOMETRY)
     if faulty and config.slice_gap == "refuse":
         reason = max(GEOMETRY, key=lambda r: src.skipped[r])

@@ -100,15 +100,15 @@ def _as_labels(mask: npt.NDArray[Any]) -> FloatArray:
 
 def _scale(array: FloatArray, intensity: Intensity) -> FloatArray:
     """Scale to [0, 1] by a public window in raw units, or by percentiles of this scan."""
-    from monai.transforms import ScaleIntensityRange, ScaleIntensityRangePercentiles
+    from monai.transforms import ScaleIntensityRange
 
     low, high = intensity.low, intensity.high
-    if intensity.mode == "window":
-        return _plain(ScaleIntensityRange(low, high, 0, 1, clip=True)(array))
-    if not np.percentile(array, low) < np.percentile(array, high):
-        # Nearly all voxels are alike, as in a binary volume: the scan's whole range is the honest window.
-        return _plain(ScaleIntensityRange(float(array.min()), float(array.max()), 0, 1, clip=True)(array))
-    return _plain(ScaleIntensityRangePercentiles(low, high, 0, 1, clip=True)(array))
+    if intensity.mode == "percentile":
+        low, high = (float(v) for v in np.percentile(array, (intensity.low, intensity.high)))
+        if not low < high:
+            # Nearly all voxels are alike, as in a binary volume: the scan's whole range is the honest window.
+            low, high = float(array.min()), float(array.max())
+    return _plain(ScaleIntensityRange(low, high, 0, 1, clip=True)(array))
 
 
 def _orient(channels: list[FloatArray], affine: npt.NDArray[np.float64]) -> tuple[list[FloatArray], tuple[float, ...]]:

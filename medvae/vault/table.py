@@ -128,20 +128,20 @@ def _match(table: Table, source: Source) -> list[list[int]]:
     keys: list[str]
     if column is not None:
         keys = [_as_known(row[column], known) for row in table.rows]
-        lookup, unused, what = by_name, source.unused, "scans"
+        lookup, what = by_name, "scans"
     elif by_patient:
         column = table.column(PATIENT_COLUMNS)
         if column is None:
             raise CohortError("the table has neither a file column nor a patient_id column: add one of them")
         keys = [row[column] for row in table.rows]
-        lookup, unused, what = by_patient, source.unused, "patients"
+        lookup, what = by_patient, "patients"
     else:
         raise CohortError("no column of the table holds the names of the scans: add a file column")
-    unknown = sum(k not in lookup and k not in unused for k in keys)
+    unknown = sum(k not in lookup and k not in source.unused for k in keys)
     if unknown:
+        where = "are not in the source" if what == "scans" else "have no usable scan in the source"
         raise CohortError(
-            f"{unknown} of {len(keys)} rows of the table name {what} that are not in the source: remove these rows, "
-            f"or add the {what}"
+            f"{unknown} of {len(keys)} rows of the table name {what} that {where}: remove these rows, or add the {what}"
         )
     if len(set(keys)) < len(keys):
         raise CohortError(f"{len(keys) - len(set(keys))} rows of the table repeat another row's {what[:-1]}: keep one")

@@ -199,6 +199,27 @@ def test_series_that_cannot_be_stacked(tmp_path: Path, run: Any, fault: str, wor
     assert store.info["patients"] == 2
 
 
+def test_progress_counts_headers_and_then_scans(tmp_path: Path) -> None:
+    for patient in "AB":
+        write_series(tmp_path / "in" / patient, noise((3, 8, 8), ord(patient)), patient)
+    steps: list[tuple[int, int]] = []
+    ingest(tmp_path / "in", tmp_path / "out", IngestConfig(holdout=0.0, shape=(8, 8, 8)), lambda *s: steps.append(s))
+    assert steps == [(i, 6) for i in range(1, 7)] + [(1, 2), (2, 2)]
+
+
+def test_table_of_patients_without_a_usable_scan(tmp_path: Path, run: Any) -> None:
+    """A patient whose only file is unusable may stand in the table; one who has no file may not."""
+    for i in range(3):
+        write_slice(tmp_path / "in" / f"{i}.dcm", noise((8, 8), i), PatientID=f"p{i}")
+    write_slice(tmp_path / "in" / "3.dcm", noise((8, 8), 3), PatientID="p3", leave_out=["PixelSpacing"])
+    rows = [{"PatientID": f"p{i}", "grade": "a"} for i in range(4)]
+    write_table(tmp_path / "t.csv", rows)
+    config = {"shape": (8, 8), "spacing_mm": (1.0,), "labels": tmp_path / "t.csv", "conditions": ("grade",)}
+    assert run(tmp_path / "in", **config).info["skipped"] == [{"reason": "no PixelSpacing", "count": 1}]
+    write_table(tmp_path / "t.csv", [*rows, {"PatientID": "p9", "grade": "a"}])
+    assert "1 of 5 rows" in refused(tmp_path / "in", tmp_path / "out", **config)
+
+
 def test_gantry_tilt_is_a_counted_skip(tmp_path: Path, run: Any) -> None:
     for patient in "ABC":
         write_series(tmp_path / "in" / patient, noise((5, 8, 8), ord(patient)), patient)
