@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.fft import dctn, idctn
+from scipy.fft import idctn
 from scipy.special import ndtri
 
 from medvae.nets.linear import shells
@@ -25,9 +25,11 @@ Array = npt.NDArray[np.float32]
 Matrices = npt.NDArray[np.float64]
 
 # Probabilities below this are noise of the released means, spread over the whole field of view.
-FAINT = 0.04
+FAINT = 0.06
 SURE = 0.995
-SMOOTHER = 1.5
+SMOOTHER = 2.5
+# Share of the leftover amplitude that is drawn: the rest of it is edges that moved, which a field would draw as grain.
+FINE = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Texture:
     shell: npt.NDArray[np.int64]
     mask: Matrices  # (SHELLS, M): amplitude of one coefficient of each mask's unit field
     image: Matrices  # (SHELLS,): amplitude of one coefficient of the image's field
-    slope: Matrices  # (SHELLS, M): image coefficient a unit of mask coefficient
+    slope: Matrices  # (M,): how much brighter the image is inside each mask than its probability made the mean
 
 
 def make_texture(spectrum: Array, explained: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
@@ -49,18 +51,20 @@ def make_texture(spectrum: Array, explained: Array, spatial_shape: tuple[int, ..
         return None
     shell = shells(spatial_shape)
     left = np.asarray(spectrum, dtype=np.float64)
-    masks = left[:, 1:, 1:]
     count = np.bincount(shell.ravel(), minlength=len(left))
-    voxel_variance = (np.einsum("sii->si", masks) * count[:, None]).sum(0) / shell.size
-    # The ridge is the masks' own variance a voxel, as if it were white: shells that hold less have no slope to trust.
-    ridge = np.diag(np.maximum(voxel_variance, 1e-6))
-    slope = np.linalg.solve(masks + ridge, left[:, 1:, :1])[:, :, 0] if masks.shape[1] else np.zeros((len(left), 0))
-    given = left[:, 0, 0] - np.einsum("sm,sm->s", slope, left[:, 1:, 0]) - np.asarray(explained)[:, 0, 0]
+    masks = left[:, 1:, 1:]
+    # One slope a mask, of the sums over all shells: that is the contrast of the structure, sharp edges included.
+    within = np.einsum("s,sab->ab", count, masks)
+    slope = np.linalg.solve(
+        within + 0.1 * np.diag(np.diag(within)) + 1e-9 * np.eye(len(within)), count @ left[:, 1:, 0]
+    )
+    given = left[:, 0, 0] - 2 * left[:, 0, 1:] @ slope + np.einsum("a,sab,b->s", slope, masks, slope)
+    given = np.maximum(given - np.asarray(explained)[:, 0, 0], 0.0)
     # A field is smoother than the mask it cuts out, whose sharp edges fill the high frequencies.
     power = np.maximum(np.einsum("sii->si", masks - np.asarray(explained)[:, 1:, 1:]), 0.0) ** SMOOTHER
     total = (power * count[:, None]).sum(0) / shell.size
     unit = np.sqrt(power / np.where(total > 0, total, 1.0))
-    return Texture(shell, unit, np.sqrt(np.maximum(given, 0.0)), slope)
+    return Texture(shell, unit, FINE * np.sqrt(given), slope)
 
 
 def explained_spectrum(directions: Array, spatial_shape: tuple[int, ...], shell_count: int) -> Array:
@@ -83,14 +87,14 @@ def _field(amplitude: Matrices, texture: Texture, rng: np.random.Generator) -> A
 
 def draw_labels(probability: Array, texture: Texture | None, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Return a label map of 0 .. M from mask probabilities (M, *spatial): 0 background, m + 1 for channel m."""
+    probability = np.where(probability < FAINT, 0.0, probability)
     total = probability.sum(0)
     best = probability.argmax(0).astype(np.uint8) + 1
     if texture is None:
         return np.where(total > 0.5, best, 0).astype(np.uint8)
-    p = np.where(total < FAINT, 0.0, np.clip(total, 0.0, SURE))
     weights = probability.reshape(len(probability), -1).sum(1)
     amplitude = texture.mask @ (weights / max(float(weights.sum()), 1e-6))
-    foreground = (p > 0) & (_field(amplitude, texture, rng) < ndtri(np.clip(p, 1e-6, SURE)))
+    foreground = (total > 0) & (_field(amplitude, texture, rng) < ndtri(np.clip(total, 1e-6, SURE)))
     if len(probability) > 1:
         # Between labels: the same construction, so that their border is sharp and keeps its odds.
         tilt = np.stack([_field(texture.mask[:, m], texture, rng) for m in range(len(probability))])
@@ -104,8 +108,10 @@ def draw_image(
     """Return an image (*spatial) in [0, 1] around its mean, agreeing with the drawn labels."""
     if texture is None:
         return np.clip(mean, 0, 1)
-    out = mean + _field(texture.image, texture, rng)
+    # A value in [0, 1] with mean m varies by at most m (1 - m): black stays black, and the average variance is kept.
+    room = np.clip(mean, 0, 1) * (1 - np.clip(mean, 0, 1))
+    local = np.sqrt(room / max(float(room.mean()), 1e-6))
+    out = mean + _field(texture.image, texture, rng) * local
     for m, p in enumerate(probability):
-        surprise = (labels == m + 1).astype(np.float32) - p
-        out = out + idctn(dctn(surprise, norm="ortho") * texture.slope[:, m][texture.shell], norm="ortho")
+        out = out + texture.slope[m] * ((labels == m + 1).astype(np.float32) - p)
     return np.asarray(np.clip(out, 0, 1), dtype=np.float32)

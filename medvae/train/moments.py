@@ -39,7 +39,7 @@ CLIP_QUANTILE = 0.8
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
-SPECTRUM_WEIGHT = 0.3
+SPECTRUM_WEIGHT = 0.5
 CHUNK = 128
 
 
@@ -305,7 +305,11 @@ def _means(fit: _Fit) -> None:
 
 
 def _second(fit: _Fit) -> None:
-    """Second moments around m(c): directions of the coarse coefficients, and spectra of all of them by shell."""
+    """Second moments around m(c): directions of the coarse coefficients, and spectra of all of them by shell.
+
+    With r the clipped residual, |r| <= 1: the matrix of coarse products has norm at most |r|^2, and the spectra are
+    positive semi-definite with total trace |r|^2, so their joint norm is at most that too.
+    """
     channels, part = fit.space.channels, fit.part
     size = channels * int(np.prod(fit.shapes.coarse))
     upper = torch.triu_indices(size, size)
@@ -322,7 +326,7 @@ def _second(fit: _Fit) -> None:
         return torch.cat([products * second_weight, spectra * SPECTRUM_WEIGHT], dim=1)
 
     released = fit.release("second", contribution)
-    products, spectra = released[: upper.shape[1]], released[upper.shape[1] :]
+    products, spectra = np.split(released, [upper.shape[1]])
     scale = fit.radius**2 / second_weight / fit.count
     covariance = np.zeros((size, size))
     covariance[upper[0].numpy(), upper[1].numpy()] = products * scale / root.numpy()
@@ -335,11 +339,29 @@ def _second(fit: _Fit) -> None:
     scale_full = fit.full_radius**2 / SPECTRUM_WEIGHT / fit.count
     spectrum = spectra.reshape(SHELLS, channels, channels) * scale_full / per_band[:, None, None]
     noise_spectrum = fit.noise_multipliers["second"] * scale_full / per_band
-    part.spectrum.copy_(torch.as_tensor(positive_part(spectrum, noise_spectrum), dtype=torch.float32))
+    part.spectrum.copy_(torch.as_tensor(tame_spectra(spectrum, noise_spectrum), dtype=torch.float32))
 
 
-def positive_part(matrices: Array, noise_sd: Array) -> Array:
-    """Return positive semi-definite matrices near the noisy (S, C, C), eigenvalues shrunk by the noise (S,) in them."""
-    symmetric = (matrices + matrices.transpose(0, 2, 1)) / 2
-    values, vectors = np.linalg.eigh(symmetric)
-    return np.asarray(np.einsum("sij,sj,skj->sik", vectors, np.maximum(values - noise_sd[:, None], 0.0), vectors))
+def tame_spectra(spectra: Array, noise_sd: Array) -> Array:
+    """Return covariances by shell that could be an image's, near the noisy (S, C, C). Post-processing.
+
+    Power falls with frequency, in each channel: isotonic regression, weighted by the known noise (S,), which pools the
+    few coefficients of low shells with their neighbours. Cross terms are kept below the powers, and the whole is made
+    positive semi-definite.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    symmetric = (spectra + spectra.transpose(0, 2, 1)) / 2
+    order, weight = np.arange(len(spectra)), 1 / np.maximum(noise_sd, 1e-12) ** 2
+    power = np.stack(
+        [
+            IsotonicRegression(y_min=0.0, increasing=False).fit_transform(order, column, sample_weight=weight)
+            for column in np.einsum("scc->cs", symmetric)
+        ],
+        axis=1,
+    )
+    bound = 0.95 * np.sqrt(power[:, :, None] * power[:, None, :])
+    tamed = np.clip(symmetric, -bound, bound)
+    np.einsum("scc->sc", tamed)[...] = power
+    values, vectors = np.linalg.eigh(tamed)
+    return np.asarray(np.einsum("sij,sj,skj->sik", vectors, np.maximum(values, 0.0), vectors))

@@ -16,7 +16,7 @@ SMALL, LARGE = 100, 10_000
 SGD_SHARE_SMALL, SGD_SHARE_LARGE = 0.15, 0.5
 # Shares of the closed form's budget: three cheap releases that only set clips and a centre, then the two that count.
 CLIP_SHARE, CENTRE_SHARE = 0.03, 0.08
-SECOND_SHARE_SMALL, SECOND_SHARE_LARGE = 0.15, 0.5
+SECOND_SHARE_SMALL, SECOND_SHARE_LARGE = 0.2, 0.5
 
 
 def _between(patients: int, small: float, large: float) -> float:
