@@ -32,7 +32,7 @@ def release() -> ModelRelease:
     torch.manual_seed(0)
     recipe = Recipe(model=ModelConfig(latent_dim=4, channels=(4, 8)), moments=MomentsConfig(basis_shape=(6, 6)))
     model = build_model(SPACE, recipe)
-    model.linear.mean_map[:, 1, 0, 0] = 8.0
+    model.linear.mean_map[:, :2, 0, 0] = 8.0
     model.linear.spectrum[:] = 0.05 * torch.eye(3)
     return ModelRelease(state_arrays(model), make_card(SPACE, recipe))
 
