@@ -65,6 +65,7 @@ def dicom_source(found: Found, dims: int | None, need_spacing: bool, progress: P
     """
     skipped = strangers(found)
     unused: set[str] = set()
+    patients: set[str] = set()
     series: dict[tuple[str, str], dict[str, Header]] = defaultdict(dict)
     for done, path in enumerate(found.files, start=1):
         if progress is not None:
@@ -91,11 +92,12 @@ def dicom_source(found: Found, dims: int | None, need_spacing: bool, progress: P
             scans.append(_scan(members, found.root, dims, need_spacing))
         except Unusable as verdict:
             skipped[verdict.reason] += 1
-            unused |= {n for h in members for n in names_of(h.path, found.root)} | {members[0].patient or ""}
+            unused |= {n for h in members for n in names_of(h.path, found.root)}
+            patients.add((members[0].patient or "").split("\0")[0])
     unused -= {n for s in scans for n in s.names}
     modalities = {s.attributes["modality"] for s in scans}
     modality = modalities.pop() if len(modalities) == 1 else "mixed" if modalities else "OT"
-    return Source("dicom", dims, scans, modality, spaced=True, unused=unused, skipped=skipped)
+    return Source("dicom", dims, scans, modality, spaced=True, unused=unused, unused_patients=patients, skipped=skipped)
 
 
 def _scan(group: Sequence[Header], root: Path, dims: int, need_spacing: bool) -> Scan:

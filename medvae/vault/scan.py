@@ -104,7 +104,8 @@ class Source:
     """All scans of a source, with the public facts that the preprocessing needs.
 
     shape: the scans' own shape where all have one (npz); window: the natural public range of the sample format,
-    such as (0, 255); spaced: whether millimetres are known; unused: names of files that were seen but not used.
+    such as (0, 255); spaced: whether millimetres are known; unused: names of files that were
+    seen but not used, and the patients known of them.
     """
 
     layout: str
@@ -116,6 +117,7 @@ class Source:
     spaced: bool = False
     table: Path | None = None
     unused: set[str] = field(default_factory=set)
+    unused_patients: set[str] = field(default_factory=set)
     skipped: Counter[str] = field(default_factory=Counter)
     unit_note: str = ""
 

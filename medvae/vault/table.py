@@ -128,16 +128,16 @@ def _match(table: Table, source: Source) -> list[list[int]]:
     keys: list[str]
     if column is not None:
         keys = [_as_known(row[column], known) for row in table.rows]
-        lookup, what = by_name, "scans"
+        lookup, unused, what = by_name, source.unused, "scans"
     elif by_patient:
         column = table.column(PATIENT_COLUMNS)
         if column is None:
             raise CohortError("the table has neither a file column nor a patient_id column: add one of them")
         keys = [row[column] for row in table.rows]
-        lookup, what = by_patient, "patients"
+        lookup, unused, what = by_patient, source.unused_patients, "patients"
     else:
         raise CohortError("no column of the table holds the names of the scans: add a file column")
-    unknown = sum(k not in lookup and k not in source.unused for k in keys)
+    unknown = sum(k not in lookup and k not in unused for k in keys)
     if unknown:
         where = "are not in the source" if what == "scans" else "have no usable scan in the source"
         raise CohortError(
