@@ -43,8 +43,8 @@ class CohortWriter:
 
     def __init__(self, out: Path, shape: tuple[int, ...], masks: bool) -> None:
         check_free(out)
-        self._out = out
-        self._partial = out.parent / f".{out.name}.partial"
+        self._out = out.resolve()
+        self._partial = self._out.parent / f".{self._out.name}.partial"
         self._shape = shape
         self._with_masks = masks
         self._patients: list[int] = []

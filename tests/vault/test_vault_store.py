@@ -142,3 +142,11 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "c", [1, 2])
     assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_folder_or_a_link_to_one_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", [1, 2])
+    assert len(open_cohort(tmp_path / "real").reveal()) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"real", "link"}
