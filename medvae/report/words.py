@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from decimal import Context, Decimal
 from typing import Any
 
@@ -39,7 +40,7 @@ def exact(value: Any) -> str:
 
 def sentence(name: str) -> str:
     """Turn the name of a finding or figure into words: `white_box_auc` becomes `White box AUC`."""
-    text = " ".join(_SPELLING.get(word.lower(), word) for word in name.replace("_", " ").split())
+    text = re.sub(r"\w+", lambda m: _SPELLING.get(m[0].lower(), m[0]), " ".join(name.replace("_", " ").split()))
     text = text.replace("MS SSIM", "MS-SSIM")
     return text[:1].upper() + text[1:]
 

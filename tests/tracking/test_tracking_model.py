@@ -50,6 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_registered_model_loads_and_generates(store: Path, run_dir: Path, asked: list[Any]) -> None:
     import mlflow.pyfunc
     import pandas as pd
+
     from mlflow import MlflowClient
 
     with tracking.run("release", {}, private=False) as t:
