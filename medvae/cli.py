@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from medvae import __version__
 from medvae.console import Console, debugging, fail
 from medvae.errors import MedvaeError
+from medvae.version import __version__
 
 
 def _version(wanted: bool | None) -> None:

@@ -108,17 +108,24 @@ class Console(contextlib.ExitStack):
 
     def _lines(self, title: str) -> Progress:
         began = last = time.monotonic()
+        first: tuple[float, int] | None = None  # when the first piece was done: what comes before it is preparation
         print(f"{title} ...", file=sys.stderr, flush=True)
 
         def step(done: int, total: int) -> None:
-            nonlocal last
+            nonlocal last, first
             now = time.monotonic()
-            if now - last < SECONDS_BETWEEN_LINES:
+            first = first or (now, done)
+            if now - last < SECONDS_BETWEEN_LINES and done < total:
                 return
             last = now
-            left = (now - began) / done * (total - done) if done else None
-            estimate = "" if left is None else f", about {left:.0f} s left"
-            print(f"{title}: {done} of {total}{estimate}", file=sys.stderr, flush=True)
+            pieces = done - first[1]
+            if done >= total:
+                print(f"{title}: {total} done in {now - began:.0f} s", file=sys.stderr, flush=True)
+            elif pieces:
+                left = (now - first[0]) / pieces * (total - done)
+                print(f"{title}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            else:
+                print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
 
         return step
 

@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medvae import __version__
 from medvae.errors import PrivacyError
 from medvae.types import SHAREABLE, ImageSpace
+from medvae.version import __version__
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 SHARED, PRIVATE = "medvae", "medvae-private"

@@ -45,6 +45,7 @@ def ingest(result: Result, cohort: Path) -> list[str]:
     for name, about in result["conditions"].items():
         values = " | ".join(about["classes"]) if "classes" in about else " to ".join(f"{v:g}" for v in about["range"])
         lines.append(f"condition {name}: {values}")
+    lines += [f"note: {note}" for note in result.get("notes", [])]
     lines += [f"skipped {part['count']}: {part['reason']}" for part in result["skipped"]]
     return [*lines, f"cohort: {cohort}", f"next: medvae train {cohort} --dp-epsilon 8 -o run"]
 

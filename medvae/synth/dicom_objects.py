@@ -24,9 +24,9 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from medvae import __version__
 from medvae.synth.identifiers import fresh_uid
 from medvae.synth.values import TWELVE_BITS, Scale
+from medvae.version import __version__
 
 MAKER = "medvae"
 MIDNIGHT = "000000"  # the time of day of the writing is nobody's business

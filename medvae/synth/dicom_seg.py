@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 
-from medvae import __version__
 from medvae.synth.dicom_objects import MAKER, MIDNIGHT, Origin, Subject, declare_synthetic
 from medvae.synth.identifiers import fresh_uid
+from medvae.version import __version__
 
 
 def segmentation(

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-import medvae
 from medvae.crosscheck import prv_epsilon
 from medvae.dp.ledger import Receipt
 from medvae.dp.noise import FLOATING_POINT
 from medvae.dp.tradeoff import plain_words
 from medvae.train.randomness import Randomness
 from medvae.types import ImageSpace, PrivacyPlan
+from medvae.version import __version__
 
 SCHEMA = "medvae.privacy/1"
 SAMPLER = "Poisson sampling of patients: each is drawn independently with probability sample_rate at every step"
@@ -92,4 +92,4 @@ def declared_public(space: ImageSpace) -> list[str]:
 def versions() -> dict[str, str]:
     """Return the versions of what trained the model."""
     found = {name: metadata.version(name) for name in LIBRARIES}
-    return {"medvae": medvae.__version__, "python": platform.python_version(), **found}
+    return {"medvae": __version__, "python": platform.python_version(), **found}
