@@ -11,6 +11,7 @@ import torch
 from small_cohort import write_cohort
 
 from medvae.crosscheck import prv_epsilon
+from medvae.train import claim
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def _remembered_crosscheck() -> Callable[..., float]:
 @pytest.fixture(autouse=True)
 def _quick_crosscheck(_remembered_crosscheck: Callable[..., float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do the second accountant's slow arithmetic once a plan, and not once a run."""
-    monkeypatch.setattr("medvae.train.claim.prv_epsilon", _remembered_crosscheck)
+    monkeypatch.setattr(claim, "prv_epsilon", _remembered_crosscheck)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("killed.py")
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_runs_end_like_undisturbed_ones(tmp_path: Path, kills: int) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), str(kills)],

@@ -18,6 +18,7 @@ from medvae.errors import BudgetExceeded, ConfigError, RunError
 from medvae.nets.build import load_release
 from medvae.schemas import problem
 from medvae.synth.store import read_release
+from medvae.train import run as train_run
 from medvae.train.run import train
 from medvae.types import Mechanism
 
@@ -123,7 +124,7 @@ def test_resuming_never_releases_the_moments_twice(
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("the moments were released a second time")
 
-    monkeypatch.setattr("medvae.train.run.fit_moments", refuse)
+    monkeypatch.setattr(train_run, "fit_moments", refuse)
     train(cohort, tmp_path / "run", config, resume=True)
 
 
