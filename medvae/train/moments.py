@@ -40,7 +40,8 @@ CLIP_QUANTILE = 0.8
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
 SPECTRUM_WEIGHT = 0.5
-CHUNK = 128
+# Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
+CHUNK_VOXELS = 2**23
 
 
 class ScanSource(Protocol):
@@ -68,8 +69,17 @@ class Pass:
     patients: npt.NDArray[np.int64]
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.patients), CHUNK):
-            yield self.source.load(self.source.rows(self.patients[start : start + CHUNK]))
+        rows = [self.source.rows(self.patients[i : i + 1]) for i in range(len(self.patients))]
+        space = self.source.space
+        limit = max(1, CHUNK_VOXELS // (space.channels * int(np.prod(space.spatial_shape))))
+        chunk: list[npt.NDArray[np.int64]] = []
+        for mine in rows:
+            if chunk and sum(map(len, chunk)) + len(mine) > limit:
+                yield self.source.load(np.concatenate(chunk))
+                chunk = []
+            chunk.append(mine)
+        if chunk:
+            yield self.source.load(np.concatenate(chunk))
 
 
 def patient_average(vectors: Tensor, patient: npt.NDArray[np.int64]) -> Tensor:
@@ -81,9 +91,12 @@ def patient_average(vectors: Tensor, patient: npt.NDArray[np.int64]) -> Tensor:
 
 
 def clip_rows(vectors: Tensor, radius: float) -> Tensor:
-    """Scale rows of (B, D) down to norm `radius`, then divide by it: every row ends with norm at most 1."""
+    """Scale rows of (B, D) down to norm `radius`, then divide by it: every row ends with norm at most 1.
+
+    A row that is not finite has no norm to scale by and counts as zero.
+    """
     norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / torch.clamp(norms, min=radius)
+    return torch.where(torch.isfinite(norms), vectors, 0.0) / torch.clamp(norms.nan_to_num(posinf=1.0), min=radius)
 
 
 def noisy_sum(

@@ -103,6 +103,22 @@ def test_clip_rows_scales_to_at_most_one():
     torch.testing.assert_close(torch.linalg.vector_norm(out, dim=1), torch.tensor([1.0, 0.25]))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_counts_as_zero(bad):
+    out = clip_rows(torch.tensor([[bad, 1.0], [0.6, 0.8]]), 1.0)
+    torch.testing.assert_close(out, torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+
+
+def test_chunks_hold_whole_patients_and_miss_none(monkeypatch):
+    source = cohort(3, patients=20)
+    monkeypatch.setattr(moments, "CHUNK_VOXELS", 5 * 2 * 12 * 10)
+    batches = list(Pass(source, np.unique(source.patient)))
+    assert len(batches) > 3
+    seen = [set(b.patient.tolist()) for b in batches]
+    assert sum(len(s) for s in seen) == 20
+    assert sum(len(b.x) for b in batches) == len(source.patient)
+
+
 @pytest.mark.parametrize("planted", [1.0, 0.5])
 def test_the_released_sum_carries_the_planned_noise(planted):
     # 4,000 coordinates: a chi-square test with false alarms at 1e-6 that must reject half of the planned sigma.
