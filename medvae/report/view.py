@@ -23,8 +23,12 @@ from medvae.report.words import (
 )
 from medvae.types import SHAREABLE
 
-FRONT_ROWS = 4
+FRONT_ROWS = {"privacy": 4}
+FRONT_ROWS_ELSE = 3
 """Findings of a group on the first two pages; all of them are in the appendix."""
+
+TELLING = ("tpr at 1% fpr", "blind baseline", "positive control", "above the proven curve", "frechet", "coverage")
+"""Names of findings that tell a board more than the further variants of one score."""
 
 CLAIM_WORDS = {
     "epsilon": "epsilon",
@@ -69,6 +73,7 @@ def audit_view(audit: Mapping[str, Any]) -> dict[str, Any]:
         "tier": str(audit.get("tier", "")),
         "decision": _decision(decision),
         "claim": claim_view(claim),
+        "measured": sum(row["provenance"] != "public" for row in rows),
         "groups": [_group(key, rows) for key in _group_keys(rows)],
         "findings": rows,
         "roc": [p for p in drawn if p.proven][:1],
@@ -181,12 +186,19 @@ def _group_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _group(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Arrange one group for the front pages: what went badly first, then what was measured, then what was derived."""
     title, question = GROUPS.get(key, (sentence(key), ""))
-    mine = sorted(
-        (r for r in rows if r["group"] == key), key=lambda r: (r["tone"] != "bad", r["provenance"] == "public")
-    )
-    bad = sum(r["tone"] == "bad" for r in mine)
-    front = mine[: max(FRONT_ROWS, min(bad, 2 * FRONT_ROWS))]
-    return {"title": title, "question": question, "front": front, "more": len(mine) - len(front)}
+    mine = [row for row in rows if row["group"] == key]
+    lead = next((row for row in mine if row["provenance"] != "public"), None)
+
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, bool, bool]:
+        telling = any(word in row["name"].lower() for word in TELLING)
+        return row["tone"] != "bad", row["provenance"] == "public", row is not lead, not telling
+
+    mine.sort(key=rank)
+    bad = sum(row["tone"] == "bad" for row in mine)
+    measured = sum(row["provenance"] != "public" for row in mine)
+    rows_here = FRONT_ROWS.get(key, FRONT_ROWS_ELSE)
+    front = mine[: max(rows_here, min(bad, 2 * rows_here))]
+    return {"title": title, "question": question, "front": front, "more": len(mine) - len(front), "measured": measured}
 
 
 def _table(figure: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,12 +232,16 @@ def _check(check: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "ok": check.get("ok") is True, "detail": str(check.get("detail") or "")}
 
 
-def _flat(name: str, value: Any) -> list[tuple[str, str]]:
-    """Flatten nested values to rows of a name and a text."""
+def _flat(name: str, value: Any, depth: int = 0) -> list[tuple[str, str]]:
+    """Flatten nested values to rows of a name and a text; a deep mapping, or a list of versions, takes one row."""
     if isinstance(value, Mapping):
-        return [pair for k, v in value.items() for pair in _flat(f"{name}: {sentence(str(k)).lower()}", v)]
+        flat = not any(isinstance(v, Mapping | list | tuple) for v in value.values())
+        versions = len(value) > 5 and all(isinstance(v, str) for v in value.values())
+        if flat and (depth or versions):
+            return [(name, "; ".join(f"{k} {exact_or_text(v)}" for k, v in value.items()) or "–")]
+        return [pair for k, v in value.items() for pair in _flat(f"{name}: {sentence(str(k))}", v, depth + 1)]
     if isinstance(value, list | tuple):
         if all(not isinstance(v, Mapping | list | tuple) for v in value):
             return [(name, "; ".join(exact_or_text(v) for v in value) or "–")]
-        return [pair for i, v in enumerate(value, start=1) for pair in _flat(f"{name} {i}", v)]
+        return [pair for i, v in enumerate(value, start=1) for pair in _flat(f"{name} {i}", v, depth + 1)]
     return [(name, exact_or_text(value))]
