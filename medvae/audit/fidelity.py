@@ -20,6 +20,7 @@ Ints = npt.NDArray[np.int64]
 # Wang et al. 2003; with fewer scales the first weights are kept and brought to a sum of one.
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 NEIGHBOURS = 5
+PAIRS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,31 @@ class Group:
         return len(self.features)
 
 
-def frechet(mean_a: Floats, cov_a: Floats, mean_b: Floats, cov_b: Floats) -> float:
-    """Return the squared Fréchet distance of two Gaussians (Dowson & Landau 1982, eq. 16)."""
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    gap = float(np.square(mean_a - mean_b).sum())
-    return max(0.0, gap + float(np.trace(cov_a) + np.trace(cov_b)) - 2 * float(cross))
+def frechet(mean_a: Floats, factor_a: Floats, mean_b: Floats, factor_b: Floats) -> float:
+    """Return the squared Fréchet distance of two Gaussians (Dowson & Landau 1982, eq. 16).
+
+    Covariances come as factors F (any rows, D) with cov = F^T F: then tr (cov_a cov_b)^(1/2) is the sum of the
+    singular values of F_a F_b^T, which is small where groups are.
+    """
+    cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    spread = np.square(factor_a).sum() + np.square(factor_b).sum()
+    return max(0.0, float(np.square(mean_a - mean_b).sum() + spread - 2 * cross))
 
 
 def frechet_distance(a: Group, b: Group, confidence: float, replicates: int, rng: np.random.Generator) -> Estimate:
     """Return the squared Fréchet distance of two groups (Heusel et al. 2017), with a bootstrap over patients."""
-    value = frechet(*_moments(a.features, np.ones(len(a))), *_moments(b.features, np.ones(len(b))))
+    value = frechet(*gaussian_of(a.features, np.ones(len(a))), *gaussian_of(b.features, np.ones(len(b))))
     weights = zip(patient_weights(a.patient, replicates, rng), patient_weights(b.patient, replicates, rng), strict=True)
-    draws = [frechet(*_moments(a.features, u), *_moments(b.features, v)) for u, v in weights]
+    draws = [frechet(*gaussian_of(a.features, u), *gaussian_of(b.features, v)) for u, v in weights]
     return normal_bootstrap(value, draws, confidence, _persons(a, b), floor=0.0)
 
 
-def _moments(x: Floats, weight: Floats) -> tuple[Floats, Floats]:
-    total = weight.sum()
+def gaussian_of(x: Floats, weight: Floats) -> tuple[Floats, Floats]:
+    """Return the mean (D,) and a factor of the covariance of rows (N, D) that count `weight` times each."""
+    used, total = weight > 0, weight.sum()
     mean = weight @ x / total
-    centred = (x - mean) * np.sqrt(weight)[:, None]
-    return mean, centred.T @ centred / max(total - 1, 1)
+    factor = (x[used] - mean) * np.sqrt(weight[used] / max(total - 1, 1))[:, None]
+    return mean, np.linalg.qr(factor, mode="r") if len(factor) > factor.shape[1] else factor
 
 
 def kernel_distance(a: Group, b: Group, confidence: float, replicates: int, rng: np.random.Generator) -> Estimate:
@@ -147,17 +151,13 @@ def diversity(images: npt.NDArray[Any], patient: Ints, pairs: int, confidence: f
         return None
     left, right = firsts[:count], firsts[count : 2 * count]
     kernel, weights = ms_ssim_settings(images.shape[1:])
-    values = [
-        compute_ms_ssim(
-            torch.from_numpy(np.ascontiguousarray(images[i])).float()[None, None],
-            torch.from_numpy(np.ascontiguousarray(images[j])).float()[None, None],
-            spatial_dims=images.ndim - 1,
-            kernel_size=kernel,
-            weights=weights,
-        ).item()
-        for i, j in zip(left, right, strict=True)
-    ]
-    return mean_interval(values, confidence)
+    pairs_of = [torch.from_numpy(np.ascontiguousarray(images[side])).float().unsqueeze(1) for side in (left, right)]
+    with torch.inference_mode():
+        values = [
+            compute_ms_ssim(x, y, spatial_dims=images.ndim - 1, kernel_size=kernel, weights=weights).squeeze(1)
+            for x, y in zip(*(torch.split(side, PAIRS_AT_ONCE) for side in pairs_of), strict=True)
+        ]
+    return mean_interval(torch.cat(values).numpy(), confidence)
 
 
 def ms_ssim_settings(shape: tuple[int, ...]) -> tuple[int, tuple[float, ...]]:

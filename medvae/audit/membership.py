@@ -43,11 +43,14 @@ class Scorable(Protocol):
 
     latent_dim: int
 
-    def elbo(self, x: Tensor, condition: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Per-sample "loss", "reconstruction" and "kl" in nats."""
+    def encode(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each (B, d), of q(z | x, c)."""
 
-    def log_weight(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
-        """Per-sample log p(x, z) - log q(z | x)."""
+    def prior_mean(self, condition: Tensor) -> Tensor:
+        """Mean (B, d) of p(z | c), a normal of unit variance."""
+
+    def reconstruction(self, x: Tensor, z: Tensor, condition: Tensor) -> Tensor:
+        """Per-sample -log p(x | z, c) in nats, (B,)."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,18 @@ def scan_scores(model: Scorable, scans: Scans, draws: int, seed: int) -> dict[st
         for start in range(0, len(scans), at_once):
             x = torch.from_numpy(np.ascontiguousarray(scans.x[start : start + at_once]))
             condition = torch.from_numpy(np.ascontiguousarray(scans.condition[start : start + at_once]))
-            weights, losses, errors = [], [], []
+            mean, log_variance = model.encode(x, condition)
+            centre, spread = model.prior_mean(condition), torch.exp(0.5 * log_variance)
+            kl = 0.5 * ((mean - centre).square() + log_variance.exp() - 1 - log_variance).sum(1).double()
+            errors, ratios = [], []
             for code in noise:
-                same = code.expand(len(x), -1)
-                terms = model.elbo(x, condition, same)
-                losses.append(terms["loss"])
-                errors.append(terms["reconstruction"])
-                weights.append(model.log_weight(x, condition, same))
-            likelihood = torch.logsumexp(torch.stack(weights).double(), 0) - math.log(draws)
-            of_scan = [likelihood, -torch.stack(losses).double().mean(0), -torch.stack(errors).double().mean(0)]
+                z = mean + spread * code
+                errors.append(model.reconstruction(x, z, condition).double())
+                # log p(z | c) - log q(z | x, c), from which the normal constants cancel.
+                ratios.append(0.5 * (code.square() + log_variance - (z - centre).square()).sum(1).double())
+            error, ratio = torch.stack(errors), torch.stack(ratios)
+            likelihood = torch.logsumexp(ratio - error, 0) - math.log(draws)
+            of_scan = [likelihood, -error.mean(0) - kl, -error.mean(0)]
             parts.append(torch.stack(of_scan, 1).numpy())
     return dict(zip(("likelihood", "elbo", "reconstruction"), np.concatenate(parts).T, strict=True))
 

@@ -15,7 +15,7 @@ from medvae.audit.material import Scans, shrink
 from medvae.audit.membership import Scores
 from medvae.types import Finding, Mechanism
 
-CONTROL_PLANE, CONTROL_VOLUME = 64, 24
+CONTROL_PLANE, CONTROL_VOLUME = 32, 16
 DIAGNOSTIC = "debugging only, never evidence of privacy"
 
 

@@ -38,7 +38,7 @@ def fidelity_part(case: Case) -> Part:
     findings, figures = list(_diversity(case)), {"synthetic scans": contact_sheet(case.made, case.made_provenance)}
     if min(len(real.patients), len(case.train.patients), len(case.made)) < TOO_FEW:
         verdict = f"not measurable: needs at least {TOO_FEW} held-out patients"
-        names = ("frechet distance", "kernel distance", "radiomics distance")
+        names = ("frechet distance", "kernel distance", "radiomics distance, median feature")
         return Part((*findings, *(finding(n, "fidelity", None, verdict=verdict) for n in names)), figures)
 
     persons = rng.permutation(case.train.patients)[: len(real.patients)]
@@ -83,13 +83,15 @@ def _radiomics(case: Case, real: Scans, other: Scans, made: Scans) -> tuple[list
     held, peers, synthetic = (radiomics.features(s) for s in (real, other, made))
 
     def compare(x: radiomics.Floats, patient: Ints) -> Estimate:
-        return radiomics.mean_wasserstein(held, real.patient, x, patient, confidence, replicates, rng)
+        return radiomics.median_wasserstein(held, real.patient, x, patient, confidence, replicates, rng)
 
     found, base = compare(synthetic, made.patient), compare(peers, other.patient)
     apart, usual = radiomics.wasserstein(held, synthetic), radiomics.wasserstein(held, peers)
     worst = int(np.argmax(apart - usual))
     findings = [
-        finding("radiomics distance", "fidelity", found, baseline=base.value, verdict=_against(found, base)),
+        finding(
+            "radiomics distance, median feature", "fidelity", found, baseline=base.value, verdict=_against(found, base)
+        ),
         finding(
             "radiomics distance, worst feature",
             "fidelity",

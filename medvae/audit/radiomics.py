@@ -35,7 +35,7 @@ def feature_names(mask_labels: Sequence[int]) -> list[str]:
 
 def features(scans: Scans) -> Floats:
     """Return the features (N, F), one row a scan."""
-    volumes = scans.x[:, 1:].reshape(len(scans), scans.x.shape[1] - 1, -1).mean(2)
+    volumes = scans.x[:, 1:].mean(axis=tuple(range(2, scans.x.ndim)))
     rows = [np.concatenate([_first_order(i), _co_occurrence(i), _spectrum(i)]) for i in scans.images]
     return np.concatenate([np.asarray(rows), volumes], axis=1)
 
@@ -73,16 +73,22 @@ def _spectrum(image: npt.NDArray[np.float32]) -> Floats:
     return np.asarray([np.log10(power[s].mean() + 1e-12) if s.any() else -12.0 for s in inside])
 
 
-def wasserstein(real: Floats, other: Floats) -> Floats:
-    """Return, for each feature (columns), W1 between two samples over the standard deviation of the first."""
+def wasserstein(real: Floats, other: Floats, spread: Floats | None = None) -> Floats:
+    """Return, for each feature (columns), W1 between two samples over `spread`: the standard deviation of `real`."""
     from scipy.stats import wasserstein_distance
 
-    spread = np.maximum(real.std(0), 1e-9)
+    spread = spread_of(real) if spread is None else spread
     pairs = zip(real.T, other.T, spread, strict=True)
     return np.asarray([wasserstein_distance(a, b) / s for a, b, s in pairs])
 
 
-def mean_wasserstein(
+def spread_of(real: Floats) -> Floats:
+    """Return the standard deviation of each feature; features that do not vary count in their own unit."""
+    deviation = real.std(0)
+    return np.where(deviation > 1e-6, deviation, 1.0)
+
+
+def median_wasserstein(
     real: Floats,
     real_patient: Ints,
     other: Floats,
@@ -91,16 +97,17 @@ def mean_wasserstein(
     replicates: int,
     rng: np.random.Generator,
 ) -> Estimate:
-    """Return the mean over features of `wasserstein`, with a bootstrap over patients on both sides."""
+    """Return the median over features of `wasserstein`, with a bootstrap over patients on both sides."""
 
     def resample(patient: Ints) -> Ints:
         persons = np.unique(patient)
         drawn = rng.choice(persons, size=len(persons))
         return np.concatenate([np.flatnonzero(patient == p) for p in drawn])
 
-    value = float(wasserstein(real, other).mean())
+    spread = spread_of(real)
+    value = float(np.median(wasserstein(real, other, spread)))
     draws = [
-        float(wasserstein(real[resample(real_patient)], other[resample(other_patient)]).mean())
+        float(np.median(wasserstein(real[resample(real_patient)], other[resample(other_patient)], spread)))
         for _ in range(replicates)
     ]
     persons = min(len(np.unique(real_patient)), len(np.unique(other_patient)))

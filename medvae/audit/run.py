@@ -131,7 +131,7 @@ def reports(
     claim: Mapping[str, Any], parts: Sequence[Part], config: AuditConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the internal and the public report; the public one is built from shareable things alone."""
-    from medvae import __version__
+    from medvae.version import __version__
 
     findings = [f for part in parts for f in part.findings]
     figures: dict[str, Figure] = {k: v for part in parts for k, v in part.figures.items()}
