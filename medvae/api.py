@@ -313,7 +313,7 @@ def _read(path: Path) -> Any:
 def _must_be_new(out: Path) -> None:
     """Refuse an output folder in use before any work is done."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"the output folder {out.name!r} is not empty: choose a new one with -o")
+        raise RunError("the output folder is not empty: choose a new one with -o")
 
 
 def _must_be_run(run: Path) -> None:

@@ -26,6 +26,10 @@ def _no_tracking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def _name(value: object) -> str:
+    return " ".join(value)[:60] if isinstance(value, list) else ""
+
+
 def _raiser(error: BaseException) -> Callable[..., Any]:
     def command(*args: Any, **kwargs: Any) -> Any:
         raise error
@@ -67,7 +71,7 @@ BAD_USAGE = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "words"), BAD_USAGE, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
+@pytest.mark.parametrize(("argv", "words"), BAD_USAGE, ids=_name)
 def test_bad_usage_is_one_sentence_and_exit_code_2(
     argv: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -82,7 +86,9 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("argv", [case[0] for case in BAD_USAGE if case[0]], ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    "argv", [case[0] for case in BAD_USAGE if case[0]], ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else ""
+)
 def test_with_json_an_error_is_one_object(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code = run([*argv, "--json"])
     error = json.loads(capsys.readouterr().out)["error"]
