@@ -91,7 +91,7 @@ class FunctorchSampler:
                 total += value
             norms.append(norm.cpu())
             losses.append(torch.zeros(len(counts)).index_add_(0, segment, loss.cpu()))
-        return totals, _stats(torch.cat(norms), torch.cat(losses), self._max_grad_norm, len(batch.patient))
+        return totals, step_stats(torch.cat(norms), torch.cat(losses), self._max_grad_norm, len(batch.patient))
 
     def _backward(self, batch: Batch, latent: Tensor, part: slice, weight: Tensor) -> Tensor:
         """Leave the weighted per-scan gradients on the parameters; return the weighted losses (B,)."""
@@ -146,7 +146,7 @@ class PlainSampler:
             for total, value in zip(totals, gradients, strict=True):
                 total += 0 if value is None else value
             losses.append(torch.zeros(len(counts)).index_add_(0, segment, loss.detach().cpu()))
-        return totals, _stats(torch.zeros(0), torch.cat(losses), float("inf"), len(batch.patient))
+        return totals, step_stats(torch.zeros(0), torch.cat(losses), float("inf"), len(batch.patient))
 
 
 def segments(patient: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -256,7 +256,8 @@ def max_scans_per_micro_batch(model: nn.Module, batch: Batch, latent: Tensor, bu
     return max(1, budget // (4 * (2 * parameters + 4 * elements)))
 
 
-def _stats(norms: Tensor, losses: Tensor, bound: float, scans: int) -> Private[StepStats]:
+def step_stats(norms: Tensor, losses: Tensor, bound: float, scans: int) -> Private[StepStats]:
+    """Return the statistics of a step from norms and losses a patient, each (patients,)."""
     clipped = float((norms > bound).float().mean()) if len(norms) else 0.0
     loss = float(losses.mean()) if len(losses) else float("nan")
     return Private(StepStats(norms=norms, clipped=clipped, loss=loss, scans=scans))

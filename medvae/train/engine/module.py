@@ -1,0 +1,120 @@
+"""The engine as one of Opacus's grad-sample modules, and as a `GradSampler` of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from opacus.grad_sample.gsm_base import AbstractGradSampleModule
+from torch import Tensor, nn
+
+from medvae.errors import ConfigError
+from medvae.train.engine.book import Book
+from medvae.train.engine.layers import Desk, install, remove
+from medvae.train.engine.segments import Segments
+from medvae.train.engine.strategies import Tuner
+from medvae.train.gradient import (
+    ROUNDING_MARGIN,
+    StepStats,
+    micro_batches,
+    refuse_unsupported,
+    segments,
+    step_stats,
+)
+from medvae.types import Batch, Private
+
+
+class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opacus ships no types
+    """A model whose backward pass yields the sum of clipped per-patient gradients, at about a plain step's cost.
+
+    Unlike its siblings it never fills `grad_sample`: what a patient adds is clipped and summed as soon as all norms
+    are known. Raises ConfigError, with its name, for a layer whose gradients it cannot take.
+    """
+
+    def __init__(self, model: nn.Module, *, tuner: Tuner | None = None) -> None:
+        super().__init__(model, loss_reduction="sum")
+        self._desk = Desk(tuner or Tuner())
+        self._layers = install(model, self._desk)
+        self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    @property
+    def choices(self) -> Mapping[str, str]:
+        """The strategy chosen for each layer shape and batch size so far."""
+        return dict(self._desk.tuner.choices)
+
+    def remove_hooks(self) -> None:
+        """Give the layers their own forward back."""
+        remove(self._layers)
+
+    def clipped_sum(
+        self, inputs: tuple[Tensor, ...], weight: Tensor, counts: tuple[int, ...], max_norm: float
+    ) -> tuple[list[Tensor | None], Tensor, Tensor]:
+        """Run the model forward and backward on scans sorted by patient.
+
+        inputs: what the model takes, each (B, ...); it returns losses (B,). weight: (B,), the share of each scan in
+        its patient's loss. counts: scans of each patient. Returns the sum of the patients' gradients, each clipped to
+        `max_norm` over all parameters together, one float32 tensor a trainable parameter (None where it took no
+        part), the norms (P,) before the clip and the losses a patient (P,).
+        """
+        book = Book(Segments(counts))
+        for _, parameter in self._named:
+            parameter.grad = None
+        self._desk.book = book
+        try:
+            losses: Tensor = self._module(*inputs) * weight
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._desk.book = None
+        self._refuse_plain_gradients()
+        sums, norms = book.close(max_norm)
+        return [sums.get(p) for _, p in self._named], norms, book.segments.sum(losses.detach())
+
+    def _refuse_plain_gradients(self) -> None:
+        """Raise ConfigError where autograd found a way to a parameter past its layer."""
+        found = [name for name, parameter in self._named if parameter.grad is not None]
+        for _, parameter in self._named:
+            parameter.grad = None
+        if found:
+            raise ConfigError(
+                f"no gradient by patient can be taken of parameter {found[0]!r}: use its layer through its own forward"
+            )
+
+
+class BookkeepingSampler:
+    """The engine behind the `GradSampler` protocol. A batch is split between patients, never inside one."""
+
+    def __init__(self, model: nn.Module, *, max_grad_norm: float, max_scans: int, tuner: Tuner | None = None) -> None:
+        refuse_unsupported(model)
+        self._module = BookkeepingModule(model.train(), tuner=tuner)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._max_grad_norm = max_grad_norm
+        self._max_scans = max_scans
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the order of the sums."""
+        return self._parameters
+
+    @property
+    def choices(self) -> Mapping[str, str]:
+        """The strategy chosen for each layer shape and batch size so far: facts about the machine, not the data."""
+        return self._module.choices
+
+    def clipped_sum(self, batch: Batch, latent: Tensor) -> tuple[list[Tensor], Private[StepStats]]:
+        """See `GradSampler.clipped_sum`."""
+        device = self._parameters[0].device
+        totals = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
+        norms, losses = [torch.zeros(0)], [torch.zeros(0)]
+        bound = self._max_grad_norm * (1 - ROUNDING_MARGIN)
+        for part in micro_batches(batch.patient, self._max_scans):
+            segment, counts = segments(batch.patient[part])
+            inputs = tuple(
+                t.to(device) for t in (*map(torch.from_numpy, (batch.x[part], batch.condition[part])), latent[part])
+            )
+            weight = (1 / counts[segment]).to(device)
+            sums, norm, loss = self._module.clipped_sum(inputs, weight, tuple(counts.tolist()), bound)
+            for total, value in zip(totals, sums, strict=True):
+                total += 0 if value is None else value
+            norms.append(norm.cpu())
+            losses.append(loss.float().cpu())
+        return totals, step_stats(torch.cat(norms), torch.cat(losses), self._max_grad_norm, len(batch.patient))
