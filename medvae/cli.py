@@ -33,14 +33,23 @@ app = typer.Typer(
 
 Json = Annotated[bool | None, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
 Quiet = Annotated[bool | None, typer.Option("--quiet", "-q", help="No progress and no notes.")]
-Epsilon = Annotated[float, typer.Option("--dp-epsilon", help="Privacy budget of the run; 'inf' for a comparison.")]
-Delta = Annotated[float | None, typer.Option("--dp-delta", help="Default: min(1e-5, 1/(n ln n)) for n patients.")]
+Epsilon = Annotated[
+    float, typer.Option("--dp-epsilon", metavar="EPSILON", help="Privacy budget of the run; 'inf' for a comparison.")
+]
+Delta = Annotated[
+    float | None, typer.Option("--dp-delta", metavar="DELTA", help="Default: min(1e-5, 1/(n ln n)) for n patients.")
+]
 Pipeline = Annotated[Path | None, typer.Option("--pipeline", metavar="FILE.yaml", help="A recipe; see pipelines/.")]
 Version = Annotated[bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")]
 Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an interrupted run; never charged twice.")]
-PublicKey = Annotated[Path | None, typer.Option(help="The signer's Ed25519 public key (PEM), if you know it.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Fixes what is not privacy: splits, initialisation, samples.")]
+PublicKey = Annotated[
+    Path | None, typer.Option(metavar="FILE.pem", help="The signer's Ed25519 public key (PEM), if you know it.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Fixes what is not privacy: splits, initialisation, samples.")
+]
 
+OPTIONS = "OPTIONS"  # in brackets before an optional argument, the documentation's builder takes it for a link
 NUMBER_LISTS = ("--shape", "--spacing-mm")
 DISK = (errno.ENOSPC, errno.EDQUOT)
 RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -71,28 +80,41 @@ def doctor(as_json: Json = None, quiet: Quiet = None) -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[Path, typer.Argument(help="DICOM tree, NIfTI, BIDS or nnU-Net folder, .npz, or PNG + CSV.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="DICOM tree, NIfTI, BIDS or nnU-Net folder, .npz, or PNG + CSV.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="COHORT", help="Folder of the cohort to write.")],
-    labels: Annotated[Path | None, typer.Option(help="Table with patient_id and conditions.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Table with patient_id and conditions.")
+    ] = None,
     condition: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=LOW:HIGH|a|b]", help="Public; repeat for more: 'age=20:90', 'sex=F|M'."),
+        typer.Option(metavar="NAME[=LOW:HIGH|a|b]", help="A public condition; repeat for more. See Conditions."),
     ] = None,
     shape: Annotated[str | None, typer.Option(metavar="N N [N]", help="Voxels: 32 48 32, or 32x48x32.")] = None,
     spacing_mm: Annotated[str | None, typer.Option(metavar="MM MM [MM]", help="Voxel size in mm.")] = None,
-    intensity: Annotated[str | None, typer.Option(help="auto, window or percentile.")] = None,
-    intensity_low: Annotated[float | None, typer.Option(help="Lower end: raw units, or percentile.")] = None,
-    intensity_high: Annotated[float | None, typer.Option(help="Upper end.")] = None,
-    holdout: Annotated[float | None, typer.Option(help="Share of patients kept for the audit.")] = None,
-    split_seed: Annotated[int | None, typer.Option(help="Seed of the split by patient.")] = None,
-    max_scans_per_patient: Annotated[int | None, typer.Option(help="Cap on what one patient may add.")] = None,
-    slice_gap: Annotated[str | None, typer.Option(help="A gap in a series: refuse or skip.")] = None,
+    intensity: Annotated[str | None, typer.Option(metavar="WAY", help="auto, window or percentile.")] = None,
+    intensity_low: Annotated[
+        float | None, typer.Option(metavar="VALUE", help="Lower end: raw units, or percentile.")
+    ] = None,
+    intensity_high: Annotated[float | None, typer.Option(metavar="VALUE", help="Upper end.")] = None,
+    holdout: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of patients kept for the audit.")
+    ] = None,
+    split_seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the split by patient.")] = None,
+    max_scans_per_patient: Annotated[
+        int | None, typer.Option(metavar="N", help="Cap on what one patient may add.")
+    ] = None,
+    slice_gap: Annotated[str | None, typer.Option(metavar="WAY", help="A gap in a series: refuse or skip.")] = None,
     as_json: Json = None,
     quiet: Quiet = None,
 ) -> None:
     """Find scans, group them by patient, preprocess and store them; say by count what was skipped and why.
 
     Example: `medvae ingest scans/ -o cohort --labels table.csv --condition size_class --shape 32 48 32`
+
+    Conditions: a name alone takes the classes of the table; 'age=20:90' gives a range and 'sex=F|M' names the classes.
+    All of these are public: take them from the study's protocol and never from its data.
     """
     from medvae import api, words
     from medvae.config import IngestConfig, build
@@ -116,11 +138,13 @@ def ingest(
         out.result(result, words.ingest(result, output))
 
 
-@app.command()
+@app.command(options_metavar=OPTIONS)
 def plan(
     epsilon: Epsilon,
-    cohort: Annotated[Path | None, typer.Argument(help="An ingested cohort.")] = None,
-    patients: Annotated[int | None, typer.Option(help="Instead of a cohort: the number of training patients.")] = None,
+    cohort: Annotated[Path | None, typer.Argument(metavar="COHORT", help="An ingested cohort.")] = None,
+    patients: Annotated[
+        int | None, typer.Option(metavar="N", help="Instead of a cohort: the number of training patients.")
+    ] = None,
     shape: Annotated[str | None, typer.Option(metavar="N N [N]", help="With --patients: the voxels of a scan.")] = None,
     delta: Delta = None,
     pipeline: Pipeline = None,
@@ -140,18 +164,22 @@ def plan(
         out.result(result, words.plan(result))
 
 
-@app.command()
+@app.command(options_metavar=OPTIONS)
 def train(
     epsilon: Epsilon,
-    cohort: Annotated[Path | None, typer.Argument(help="An ingested cohort; without one, embedded phantoms.")] = None,
+    cohort: Annotated[
+        Path | None, typer.Argument(metavar="COHORT", help="An ingested cohort; without one, embedded phantoms.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")] = None,
     delta: Delta = None,
     pipeline: Pipeline = None,
     resume: Resume = None,
-    budget: Annotated[float | None, typer.Option(help="Set the cohort's total epsilon over all runs.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="EPSILON", help="Set the cohort's total epsilon over all runs.")
+    ] = None,
     seed: Seed = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = None,
     as_json: Json = None,
     quiet: Quiet = None,
 ) -> None:
@@ -180,9 +208,9 @@ def train(
 
 @app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="REPORT", help="Folder of the report to write.")],
-    tier: Annotated[str | None, typer.Option(help="quick, standard or full.")] = None,
+    tier: Annotated[str | None, typer.Option(metavar="TIER", help="quick, standard or full.")] = None,
     seed: Seed = None,
     as_json: Json = None,
     quiet: Quiet = None,
@@ -202,16 +230,22 @@ def audit(
 
 @app.command()
 def release(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RELEASE", help="Folder of the release to write.")],
-    count: Annotated[int | None, typer.Option(help="How many synthetic scans.")] = None,
+    count: Annotated[int | None, typer.Option(metavar="N", help="How many synthetic scans.")] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="nifti, dicom, png or npz; repeat for more.")
+        list[str] | None, typer.Option("--format", metavar="FORMAT", help="nifti, dicom, png or npz; repeat for more.")
     ] = None,
-    conditions: Annotated[Path | None, typer.Option(help="Table of conditions to make, one row a scan.")] = None,
-    report: Annotated[Path | None, typer.Option(help="The audit of this run, to be cited and checked.")] = None,
-    title: Annotated[str | None, typer.Option(help="Title of the data set.")] = None,
-    key: Annotated[Path | None, typer.Option(help="Ed25519 private key (PEM) to sign with.")] = None,
+    conditions: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Table of conditions to make, one row a scan.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="REPORT", help="The audit of this run, to be cited and checked.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Title of the data set.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE.pem", help="Ed25519 private key (PEM) to sign with.")
+    ] = None,
     seed: Seed = None,
     as_json: Json = None,
     quiet: Quiet = None,
@@ -233,7 +267,7 @@ def release(
 
 @app.command()
 def verify(
-    release: Annotated[Path, typer.Argument(help="A release folder.")],
+    release: Annotated[Path, typer.Argument(metavar="RELEASE", help="A release folder.")],
     public_key: PublicKey = None,
     as_json: Json = None,
     quiet: Quiet = None,
@@ -251,8 +285,10 @@ def verify(
 
 @app.command()
 def ledger(
-    cohort: Annotated[Path, typer.Argument(help="An ingested cohort.")],
-    budget: Annotated[float | None, typer.Option(help="Set the total epsilon this cohort may spend.")] = None,
+    cohort: Annotated[Path, typer.Argument(metavar="COHORT", help="An ingested cohort.")],
+    budget: Annotated[
+        float | None, typer.Option(metavar="EPSILON", help="Set the total epsilon this cohort may spend.")
+    ] = None,
     delta: Delta = None,
     as_json: Json = None,
     quiet: Quiet = None,
@@ -270,7 +306,9 @@ def ledger(
 
 @app.command()
 def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for all the demo makes.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for all the demo makes.")
+    ] = None,
     as_json: Json = None,
     quiet: Quiet = None,
 ) -> None:

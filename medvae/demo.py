@@ -7,9 +7,9 @@ from pathlib import Path
 from medvae.config import AuditConfig, DpSgdConfig, IngestConfig, Recipe, ReleaseConfig, TrainConfig, build
 from medvae.types import Progress
 
-PATIENTS = 300
+PATIENTS = 240
 SIZE = 48
-STEPS = 40  # few, so that two cores end within minutes; the closed form carries most of it
+STEPS = 30  # few, so that two cores end within minutes; the closed form carries most of it
 EPSILON = 8.0
 COUNT = 200
 
@@ -39,7 +39,7 @@ def train_config() -> TrainConfig:
 
 def audit_config() -> AuditConfig:
     """The demo's audit: the quick tier."""
-    config: AuditConfig = build(AuditConfig, tier="quick")
+    config: AuditConfig = build(AuditConfig, tier="quick", synthetic=300)
     return config
 
 
