@@ -66,6 +66,7 @@ class MomentsConfig(Frozen):
     share: Share | None = None
     basis_shape: tuple[Count, ...] | None = None
     coarse_shape: tuple[Count, ...] | None = None
+    spectrum_weight: Probability | None = None
 
 
 class DpSgdConfig(Frozen):

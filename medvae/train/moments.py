@@ -39,7 +39,6 @@ CLIP_QUANTILE = 0.8
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
-SPECTRUM_WEIGHT = 0.5
 # Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
 CHUNK_VOXELS = 2**23
 
@@ -186,12 +185,14 @@ def principal_directions(second: Array, noise_sd: float, count: int) -> Array:
 class MomentShapes:
     """How fine each release is, in cosines an axis: public numbers, chosen by the rule.
 
-    basis: of the mean; coarse: of the centre and of second moments; latent_dim: directions kept at most.
+    basis: of the mean; coarse: of the centre and of second moments; latent_dim: directions kept at most;
+    spectrum_weight: share of the last release's sensitivity that spectra get, against directions (squares add to 1).
     """
 
     basis: tuple[int, ...]
     coarse: tuple[int, ...]
     latent_dim: int
+    spectrum_weight: float
 
 
 def fit_moments(
@@ -328,7 +329,8 @@ def _second(fit: _Fit) -> None:
     upper = torch.triu_indices(size, size)
     root = torch.where(upper[0] == upper[1], 1.0, 2**0.5)  # so that the norm of a triangle is the matrix's
     bands = torch.nn.functional.one_hot(torch.from_numpy(fit.shell.ravel()), SHELLS).float()
-    second_weight = (1 - SPECTRUM_WEIGHT**2) ** 0.5
+    spectrum_weight = fit.shapes.spectrum_weight
+    second_weight = (1 - spectrum_weight**2) ** 0.5
 
     def contribution(batch: Batch) -> Tensor:
         coefficients = fit.full_residual(batch)
@@ -336,7 +338,7 @@ def _second(fit: _Fit) -> None:
         products = small[:, upper[0]] * small[:, upper[1]] * root
         flat = clip_rows(coefficients.flatten(1), fit.full_radius).view(len(coefficients), channels, -1)
         spectra = torch.einsum("bcn,bdn,ns->bscd", flat, flat, bands).flatten(1)
-        return torch.cat([products * second_weight, spectra * SPECTRUM_WEIGHT], dim=1)
+        return torch.cat([products * second_weight, spectra * spectrum_weight], dim=1)
 
     released = fit.release("second", contribution)
     products, spectra = np.split(released, [upper.shape[1]])
@@ -349,7 +351,7 @@ def _second(fit: _Fit) -> None:
     kept = torch.as_tensor(directions, dtype=torch.float32).view(-1, channels, *fit.shapes.coarse)
     part.directions[(slice(len(kept)), *fit.coarse[1:])] = kept
     per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
-    scale_full = fit.full_radius**2 / SPECTRUM_WEIGHT / fit.count
+    scale_full = fit.full_radius**2 / spectrum_weight / fit.count
     spectrum = spectra.reshape(SHELLS, channels, channels) * scale_full / per_band[:, None, None]
     noise_spectrum = fit.noise_multipliers["second"] * scale_full / per_band
     part.spectrum.copy_(torch.as_tensor(tame_spectra(spectrum, noise_spectrum), dtype=torch.float32))

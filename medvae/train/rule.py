@@ -17,6 +17,8 @@ SGD_SHARE_SMALL, SGD_SHARE_LARGE = 0.15, 0.5
 # Shares of the closed form's budget: three cheap releases that only set clips and a centre, then the two that count.
 CLIP_SHARE, CENTRE_SHARE = 0.03, 0.08
 SECOND_SHARE_SMALL, SECOND_SHARE_LARGE = 0.2, 0.5
+# Within the second moments: a hundred patients show spectra and contrasts, but hardly a direction.
+SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE = 0.95, 0.4
 
 
 def _between(patients: int, small: float, large: float) -> float:
@@ -44,7 +46,10 @@ def _moments(config: MomentsConfig, patients: int, space: ImageSpace, *, sgd: bo
     size = min(256.0, max(12.0, 2 * math.sqrt(patients))) / space.channels
     side = max(2, math.floor(size ** (1 / space.spatial_dims)))
     coarse = config.coarse_shape or tuple(min(side, k) for k in basis)
-    return config.model_copy(update={"share": share, "basis_shape": basis, "coarse_shape": coarse})
+    weight = config.spectrum_weight or round(_between(patients, SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE), 3)
+    return config.model_copy(
+        update={"share": share, "basis_shape": basis, "coarse_shape": coarse, "spectrum_weight": weight}
+    )
 
 
 def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace) -> DpSgdConfig:

@@ -127,14 +127,14 @@ def _moments_stage(
         model.linear.load_state_dict(done[0])
         return
     settings = plan.recipe.moments
-    if settings.basis_shape is None or settings.coarse_shape is None:
+    if settings.basis_shape is None or settings.coarse_shape is None or settings.spectrum_weight is None:
         raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
     charged = [m for m in plan.privacy.mechanisms if m.name in RELEASES]
     part = fit_moments(
         store,
         store.patients("train"),
         {m.name: m.noise_multiplier for m in charged},
-        MomentShapes(settings.basis_shape, settings.coarse_shape, model.latent_dim),
+        MomentShapes(settings.basis_shape, settings.coarse_shape, model.latent_dim, settings.spectrum_weight),
         noise=randomness.source(MOMENTS),
     )
     model.linear.load_state_dict(part.state_dict())

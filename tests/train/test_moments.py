@@ -21,7 +21,7 @@ SPACE = ImageSpace(
     (Condition("kind", "class", ("a", "b")), Condition("age", "continuous", range=(0.0, 1.0))),
     (1,),
 )
-SHAPES = MomentShapes(basis=(6, 5), coarse=(3, 3), latent_dim=3)
+SHAPES = MomentShapes(basis=(6, 5), coarse=(3, 3), latent_dim=3, spectrum_weight=0.5)
 
 
 class Source:
