@@ -30,9 +30,8 @@ class ControlVAE(nn.Module):
         self.encoder = nn.Sequential(
             nn.Linear(elements + condition_width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 2 * LATENT)
         )
-        self.decoder = nn.Sequential(
-            nn.Linear(LATENT + condition_width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, elements)
-        )
+        self.last = nn.Linear(HIDDEN, elements)
+        self.decoder = nn.Sequential(nn.Linear(LATENT + condition_width, HIDDEN), nn.GELU(), self.last)
 
     def encode(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance, each (B, d), of q(z | x, c)."""
@@ -64,7 +63,7 @@ def overfit(members: Scans, steps: int, seed: int) -> ControlVAE:
         torch.manual_seed(seed)
         model = ControlVAE(members.x[0].size, members.condition.shape[1])
         with torch.no_grad():  # starting at the members' mean saves the steps that would only find it
-            model.decoder[-1].bias.copy_(torch.from_numpy(members.x.mean(0).ravel()))
+            model.last.bias.copy_(torch.from_numpy(members.x.mean(0).ravel()))
         optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
         for _ in range(steps):
             rows = rng.choice(len(members), size=min(BATCH, len(members)), replace=False)

@@ -58,7 +58,7 @@ def gaussian_of(x: Floats, weight: Floats) -> tuple[Floats, Floats]:
     used, total = weight > 0, weight.sum()
     mean = weight @ x / total
     factor = (x[used] - mean) * np.sqrt(weight[used] / max(total - 1, 1))[:, None]
-    return mean, np.linalg.qr(factor, mode="r") if len(factor) > factor.shape[1] else factor
+    return mean, np.asarray(np.linalg.qr(factor, mode="r")) if len(factor) > factor.shape[1] else factor
 
 
 def kernel_distance(a: Group, b: Group, confidence: float, replicates: int, rng: np.random.Generator) -> Estimate:
