@@ -20,7 +20,7 @@ NOT_TESTED = (
     "whether the code does what the claim says (one-run canary audit): verify the release and read the code",
     "attacks calibrated by shadow models (LiRA, RMIA), which are stronger than the ones here",
     "attackers with the synthetic scans alone (density ratios), who are weaker than the one here with the weights",
-    "attribute inference, linkability and singling out by their own attacks; the proof bounds them all",
+    "attribute inference, linkability and singling out by attacks of their own",
     "what several releases of one cohort reveal together: the ledger adds them up, the attacks see one",
     "whether a clinician finds the scans plausible or useful",
 )
