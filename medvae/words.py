@@ -68,13 +68,13 @@ def plan(result: Result) -> list[str]:
     if result["table"]:
         lines += ["", "noise multiplier by epsilon (delta, unit, neighbours, accountant as above):"]
         lines += [f"  {row['asked']:>6g}  {row['noise_multiplier']:.3f}" for row in result["table"]]
-    lines += ["", "what it means:", *(f"  {line}" for line in result["plain_words"])]
+    lines += ["", "what it means:", *_meaning(result)]
     return lines + [f"warning: {line}" for line in result["warnings"]]
 
 
 def train(result: Result) -> list[str]:
     """The claim, what it means, where the run is."""
-    lines = [claim(result), *(f"  {line}" for line in result["plain_words"])]
+    lines = [claim(result), *_meaning(result)]
     lines += [f"warning: {line}" for line in result.get("warnings", [])]
     if not result["releasable"]:
         lines += [f"not releasable: {reason}" for reason in result["reasons"]]
@@ -84,7 +84,7 @@ def train(result: Result) -> list[str]:
 
 def audit(result: Result, report: Path) -> list[str]:
     """Each finding beside its baseline and control, the decision, the pages."""
-    lines = []
+    lines = ["private statistics, for those who may see the scans; what may leave is in the public report"]
     for f in result["findings"]:
         lines.append(f"{f['group']:<8} {f['name']}: {_interval(f)}{_beside(f)} {f['verdict']}".rstrip())
     lines.append(f"decision: {_decision(result['decision'])}")
@@ -127,6 +127,12 @@ def demo(result: Result) -> list[str]:
         f"report:  {result['report']}",
         f"release: {result['release']} (verified: {_yes(result['verified'])})",
     ]
+
+
+def _meaning(result: Result) -> list[str]:
+    """The plain words without the first, which is the claim again, where there is one."""
+    words = result["plain_words"] if result["epsilon"] is None else result["plain_words"][1:]
+    return [f"  {line}" for line in words]
 
 
 def _yes(flag: bool) -> str:
