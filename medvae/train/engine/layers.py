@@ -54,10 +54,11 @@ class _Conv(torch.autograd.Function):
         weight, bias = ctx.parameters
         book: Book = ctx.book
         values = weight.detach().to(x.dtype)
+        by_bias = None
         if weight.requires_grad:
-            _write(ctx.desk.tuner, book, weight, ConvCall(ctx.geometry, x, gradient, values, book.segments))
+            by_bias = _write(ctx.desk.tuner, book, weight, ConvCall(ctx.geometry, x, gradient, values, book.segments))
         if bias is not None and bias.requires_grad:
-            book.keep(bias, book.segments.sum(gradient.flatten(2).sum(2)))
+            book.keep(bias, book.segments.sum(gradient.flatten(2).sum(2)) if by_bias is None else by_bias)
         back = None
         if ctx.needs_input_grad[0]:
             back = ctx.geometry.backward(x, gradient, values, (True, False, False))[0]
@@ -101,29 +102,31 @@ class _GroupNorm(torch.autograd.Function):
         weight, bias = ctx.parameters
         book: Book = ctx.book
         batch, channels, places = len(x), x.shape[1], x[0, 0].numel()
-        gradient = _like(gradients[0], x)
-        plain = gradient.flatten(2).sum(2, dtype=torch.float32)
-        if weight.requires_grad:
-            product = _row_products(gradient, x)
+        gradient, values = _like(gradients[0], x), weight.detach().to(x.dtype)
+        options = (x, mean, scale, values, batch, channels, places, ctx.groups)
+        if x.is_contiguous():
+            # A batch as one sample of many groups: the native sums over the batch are then sums a scan.
+            flat = (1, batch * channels, places)
+            options = (
+                x.view(flat),
+                mean.view(1, -1),
+                scale.view(1, -1),
+                values.repeat(batch),
+                *flat,
+                batch * ctx.groups,
+            )
+            found = torch.ops.aten.native_group_norm_backward(gradient.view(flat), *options, (True, True, True))
+            back, by_weight, by_bias = found[0].view(x.shape), *(t.view(batch, channels) for t in found[1:])
+        else:
+            back = torch.ops.aten.native_group_norm_backward(gradient, *options, (True, False, False))[0]
+            by_bias = gradient.float().flatten(2).sum(2)
+            product = (gradient.float() * x.float()).flatten(2).sum(2)
             mean, scale = (t.float().repeat_interleave(channels // ctx.groups, 1) for t in (mean, scale))
-            book.keep(weight, book.segments.sum((product - plain * mean) * scale))
+            by_weight = (product - by_bias * mean) * scale
+        if weight.requires_grad:
+            book.keep(weight, book.segments.sum(by_weight))
         if bias.requires_grad:
-            book.keep(bias, book.segments.sum(plain))
-        back = None
-        if ctx.needs_input_grad[0]:
-            _, mean, scale = ctx.saved_tensors
-            back = torch.ops.aten.native_group_norm_backward(
-                gradient,
-                x,
-                mean,
-                scale,
-                weight.detach().to(x.dtype),
-                batch,
-                channels,
-                places,
-                ctx.groups,
-                (True, False, False),
-            )[0]
+            book.keep(bias, book.segments.sum(by_bias))
         return back, None, None, None, None, None
 
 
@@ -184,14 +187,18 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None
 
 
-def _write(tuner: Tuner, book: Book, weight: nn.Parameter, call: ConvCall | LinearCall) -> None:
-    """Write a weight's gradients into the book by the strategy chosen for the call."""
-    name = tuner.choose(call, may_defer=book.used_once(weight))
-    found = call.candidates()[name]()
-    if name == "ghost":
-        book.defer(weight, Deferred(found, call.weighted))
-    else:
-        book.keep(weight, found)
+def _write(tuner: Tuner, book: Book, weight: nn.Parameter, call: ConvCall | LinearCall) -> Tensor | None:
+    """Write a weight's gradients into the book by the strategy chosen for the call.
+
+    Returns the bias's gradients a patient where they came along.
+    """
+    work = tuner.choose(call, may_defer=book.used_once(weight))
+    if work.deferred:
+        book.defer(weight, Deferred(work.run()[0], call.weighted))
+        return None
+    found, by_bias = work.run()
+    book.keep(weight, found)
+    return by_bias
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -206,14 +213,6 @@ def _like(gradient: Tensor, x: Tensor) -> Tensor:
         return gradient.contiguous()
     last = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
     return gradient.contiguous(memory_format=last)
-
-
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Return sum over places of a b, (B, C), of two (B, C, ...)."""
-    if not a.is_contiguous() or a.dtype != torch.float32:
-        return (a.float() * b.float()).flatten(2).sum(2)
-    rows = a.shape[0] * a.shape[1]
-    return torch.bmm(a.view(rows, 1, -1), b.view(rows, -1, 1)).view(a.shape[:2])
 
 
 def _cast(x: Tensor) -> Tensor:

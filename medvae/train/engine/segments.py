@@ -5,9 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Size(NamedTuple):
+    """Patients, scans and the most scans of a patient, each rounded up to a power of two.
+
+    Poisson draws differ from step to step; what is chosen for one holds for its neighbours.
+    """
+
+    patients: int
+    scans: int
+    most: int
+    equal: bool
 
 
 @dataclass(frozen=True)
@@ -36,9 +49,19 @@ class Segments:
         """The scans of a patient, where all have as many."""
         return self.counts[0] if len(set(self.counts)) == 1 else None
 
+    @cached_property
+    def size(self) -> Size:
+        """The size of the batch, rounded."""
+        patients, scans, most = (1 << (n - 1).bit_length() for n in (self.patients, self.scans, max(self.counts)))
+        return Size(patients, scans, most, self.equal is not None)
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.repeat_interleave(torch.tensor(self.counts, dtype=torch.int64))
+
     def index(self, device: torch.device) -> Tensor:
         """Return the number of each scan's patient, (B,)."""
-        return torch.repeat_interleave(torch.tensor(self.counts)).to(device)
+        return self._index.to(device)
 
     def sum(self, scans: Tensor) -> Tensor:
         """Sum values a scan (B, ...) to values a patient (P, ...)."""
@@ -51,7 +74,7 @@ class Segments:
 
     def spread(self, patients: Tensor) -> Tensor:
         """Repeat a value a patient (P,) for each of its scans, (B,)."""
-        return patients[self.index(patients.device)]
+        return patients if self.equal == 1 else patients[self.index(patients.device)]
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """Return for each patient the sum over scans and places of outer products, (P, m, n).

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,17 @@ from medvae.train.engine.segments import Segments
 WINDOW_BYTES = 64 * 2**20
 # Norms without gradients are not tried where a patient has more places than this: their cost grows with the square.
 GHOST_PLACES = 64
-REPEATS = 3
+# Patients that share one grouped convolution: few at a time stay in the cache.
+GROUP_CHUNKS = (4, 8, 32)
+# A strategy is timed so many times at most, or until it took its share.
+TURNS, SHARE_SECONDS = 7, 0.1
+GHOST = "ghost"
+
+
+# Gradients a patient of the weight (P, *shape), and of the bias (P, channels) where they come along; of a strategy
+# that defers, squared norms (P,).
+Found = tuple[Tensor, Tensor | None]
+Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -66,39 +77,44 @@ class ConvCall:
     weight: Tensor
     segments: Segments
 
-    def loop(self) -> Tensor:
+    def loop(self) -> Found:
         """One call a patient, on its slice of the batch."""
         out = self.weight.new_empty((self.segments.patients, *self.weight.shape))
-        for row, (start, stop) in zip(out, self.segments.bounds, strict=True):
+        by_bias = self.weight.new_empty((self.segments.patients, self.gradient.shape[1]))
+        for row, bias, (start, stop) in zip(out, by_bias, self.segments.bounds, strict=True):
             part = self.x[start:stop], self.gradient[start:stop]
-            row.copy_(self.geometry.backward(*part, self.weight, (False, True, False))[1])
-        return out
+            found = self.geometry.backward(*part, self.weight, (False, True, True))
+            row.copy_(found[1])
+            bias.copy_(found[2])
+        return out, by_bias
 
-    def grouped(self) -> Tensor:
-        """One call for all, with each patient's channels as groups of their own.
+    def grouped(self, chunk: int) -> Found:
+        """One call for `chunk` patients, with each one's channels as groups of their own.
 
         Patients with equally many scans give (scans, patients x channels); else every scan is a group, then summed.
         """
         inner = self.segments.equal or 1
-        outer = self.segments.scans // inner
+        x, gradient = (t.view(-1, inner, *t.shape[1:]).transpose(0, 1) for t in (self.x, self.gradient))
+        many = self.weight.expand(chunk, *self.weight.shape).flatten(0, 1)
+        parts = []
+        for start in range(0, x.shape[1], chunk):
+            some, outward = (t[:, start : start + chunk].flatten(1, 2) for t in (x, gradient))
+            count = min(chunk, x.shape[1] - start)
+            weight, groups = many[: count * len(self.weight)], count * self.geometry.groups
+            found = self.geometry.backward(some, outward, weight, (False, True, True), groups=groups)
+            parts.append((found[1].view(count, *self.weight.shape), found[2].view(count, -1)))
+        out, by_bias = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*parts, strict=True))
+        if self.segments.equal:
+            return out, by_bias
+        return self.segments.sum(out), self.segments.sum(by_bias)
 
-        def merge(t: Tensor) -> Tensor:
-            return t.reshape(outer, inner, *t.shape[1:]).transpose(0, 1).reshape(inner, -1, *t.shape[2:])
-
-        weight = self.weight.expand(outer, *self.weight.shape).reshape(-1, *self.weight.shape[1:])
-        groups = outer * self.geometry.groups
-        mask = (False, True, False)
-        found = self.geometry.backward(merge(self.x), merge(self.gradient), weight, mask, groups=groups)[1]
-        found = found.view(outer, *self.weight.shape)
-        return found if self.segments.equal else self.segments.sum(found)
-
-    def unfold(self) -> Tensor:
+    def unfold(self) -> Found:
         """Kernel windows as a matrix, one matrix product a patient."""
         small, windows = self.matrices()
         groups = self.geometry.groups
         split = zip(small.chunk(groups, dim=2), windows.chunk(groups, dim=2), strict=True)
         parts = [self.segments.products(a, b) for a, b in split]
-        return torch.stack(parts, dim=1).view(-1, *self.weight.shape)
+        return torch.stack(parts, dim=1).view(-1, *self.weight.shape), None
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return (B, places, weight rows) and (B, places, groups x weight columns): the weight's gradient is a product.
@@ -116,9 +132,9 @@ class ConvCall:
         places = math.prod(small.shape[2:])
         return small.flatten(2).transpose(1, 2), windows.reshape(len(small), -1, places).transpose(1, 2)
 
-    def squares(self) -> Tensor:
+    def squares(self) -> Found:
         """Return the squared norms a patient without the gradients; for one group."""
-        return self.segments.squares(*self.matrices())
+        return self.segments.squares(*self.matrices()), None
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the sum of weight gradients over scans, each times its factor."""
@@ -127,28 +143,36 @@ class ConvCall:
         return self.geometry.backward(x, gradient, self.weight, (False, True, False))[1]
 
     @property
-    def key(self) -> str:
-        """What the best strategy depends on, with the batch rounded up to a power of two."""
-        shape = "x".join(map(str, self.x.shape[1:]))
-        kernel = "x".join(map(str, self.weight.shape))
+    def key(self) -> Key:
+        """What the best strategy depends on."""
         kind = "transposed" if self.geometry.transposed else "conv"
         g = self.geometry
-        details = f"s{g.stride[0]}d{g.dilation[0]}g{g.groups}"
-        layout = "" if self.x.is_contiguous() else " strided"
-        return f"{kind} {shape} {kernel} {details}{layout} {_batch_key(self.x, self.segments)}"
+        options = (g.stride, g.padding, g.dilation, g.groups, self.x.is_contiguous())
+        return (
+            kind,
+            tuple(self.x.shape[1:]),
+            tuple(self.weight.shape),
+            *options,
+            *_machine(self.x),
+            self.segments.size,
+        )
 
-    def candidates(self) -> Mapping[str, Callable[[], Tensor]]:
+    def candidates(self) -> Mapping[str, Callable[[], Found]]:
         """Return the strategies worth trying here."""
         if self.segments.patients == 1:
             return {"loop": self.loop}
-        found: dict[str, Callable[[], Tensor]] = {"loop": self.loop, "grouped": self.grouped}
+        found: dict[str, Callable[[], Found]] = {"loop": self.loop}
+        size = self.segments.size
+        units = size.patients if self.segments.equal else size.scans
+        for chunk in (n for n in GROUP_CHUNKS if n <= units or n == GROUP_CHUNKS[0]):
+            found[f"grouped{chunk}"] = partial(self.grouped, chunk)
         small = self.x if self.geometry.transposed else self.gradient
         places = math.prod(small.shape[2:])
         columns = math.prod(self.weight.shape[1:]) * self.geometry.groups
-        if len(small) * places * columns * small.element_size() <= WINDOW_BYTES:
+        if size.scans * places * columns * small.element_size() <= WINDOW_BYTES:
             found["unfold"] = self.unfold
-        if self.geometry.groups == 1 and places * max(self.segments.counts) <= GHOST_PLACES:
-            found["ghost"] = self.squares
+        if self.geometry.groups == 1 and places * size.most <= GHOST_PLACES:
+            found[GHOST] = self.squares
         return found
 
 
@@ -160,13 +184,13 @@ class LinearCall:
     gradient: Tensor
     segments: Segments
 
-    def products(self) -> Tensor:
+    def products(self) -> Found:
         """One matrix product a patient."""
-        return self.segments.products(self.gradient, self.x)
+        return self.segments.products(self.gradient, self.x), None
 
-    def squares(self) -> Tensor:
+    def squares(self) -> Found:
         """Return the squared norms a patient without the gradients."""
-        return self.segments.squares(self.gradient, self.x)
+        return self.segments.squares(self.gradient, self.x), None
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the sum of weight gradients over scans, each times its factor."""
@@ -175,81 +199,102 @@ class LinearCall:
         return gradient.flatten(0, 1).T @ x.flatten(0, 1)
 
     @property
-    def key(self) -> str:
-        """What the best strategy depends on, with the batch rounded up to a power of two."""
-        shape = "x".join(map(str, self.x.shape[1:]))
-        return f"linear {shape} {self.gradient.shape[2]} {_batch_key(self.x, self.segments)}"
+    def key(self) -> Key:
+        """What the best strategy depends on."""
+        return ("linear", tuple(self.x.shape[1:]), self.gradient.shape[2], *_machine(self.x), self.segments.size)
 
-    def candidates(self) -> Mapping[str, Callable[[], Tensor]]:
+    def candidates(self) -> Mapping[str, Callable[[], Found]]:
         """Return the strategies worth trying here."""
-        found: dict[str, Callable[[], Tensor]] = {"products": self.products}
-        if self.x.shape[1] * max(self.segments.counts) <= GHOST_PLACES:
-            found["ghost"] = self.squares
+        found: dict[str, Callable[[], Found]] = {"products": self.products}
+        if self.x.shape[1] * self.segments.size.most <= GHOST_PLACES:
+            found[GHOST] = self.squares
         return found
 
 
-def _batch_key(x: Tensor, segments: Segments) -> str:
-    patients, scans = (1 << (n - 1).bit_length() for n in (segments.patients, segments.scans))
-    regular = "equal" if segments.equal else "mixed"
-    return f"patients<={patients} scans<={scans} {regular} {x.dtype} {x.device.type} threads={torch.get_num_threads()}"
+def _machine(x: Tensor) -> Key:
+    return (str(x.dtype), x.device.type, torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class Work:
+    """A chosen strategy; `deferred` ones give norms only."""
+
+    run: Callable[[], Found]
+    deferred: bool
 
 
 class Tuner:
-    """Times the strategies once for each key and remembers the fastest.
-
-    choices: key to strategy; given ones are used as they are, so that a run that resumes repeats its choices.
-    """
+    """Times the strategies once for each layer shape, batch size and machine, and remembers the fastest."""
 
     def __init__(self, choices: Mapping[str, str] | None = None, *, fixed: str | None = None) -> None:
-        """`fixed` names a strategy to use wherever it can be, without timing: for tests and repeatable runs."""
-        self.choices = dict(choices or {})
+        """Start from choices made before, so that a run that resumes repeats them.
+
+        `fixed` names a strategy to use wherever it can be, without timing: for tests and repeatable runs.
+        """
+        self._given = dict(choices or {})
+        self._memory: dict[Key, str] = {}
         self._fixed = fixed
 
-    def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> str:
-        """Return the name of the strategy for this call."""
-        found = {n: f for n, f in call.candidates().items() if may_defer or n != "ghost"}
-        first = next(iter(found))
+    @property
+    def choices(self) -> dict[str, str]:
+        """Strategy by layer shape, batch size and machine: the choices made or given so far."""
+        return self._given | {_text(key): name for key, name in self._memory.items()}
+
+    def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> Work:
+        """Return the strategy for this call."""
+        found = {n: f for n, f in call.candidates().items() if may_defer or n != GHOST}
+        name = next(iter(found))
         if self._fixed is not None:
-            return self._fixed if self._fixed in found else first
-        if len(found) == 1:
-            return first
-        key = call.key if may_defer else f"{call.key} kept"
-        if self.choices.get(key) not in found:
-            self.choices[key] = fastest({n: _whole(call, n, f) for n, f in found.items()}, call.x.device)
-        return self.choices[key]
+            name = self._fixed if self._fixed in found else name
+        elif len(found) > 1:
+            key = (call.key, may_defer)
+            if key not in self._memory:
+                given = self._given.get(_text(key))
+                works = {n: _whole(call, n, f) for n, f in found.items()}
+                self._memory[key] = given if given in found else fastest(works, call.x.device)
+            name = self._memory[key]
+        return Work(found[name], name == GHOST)
 
 
-def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Tensor]) -> Callable[[], object]:
-    """Return all the work that a strategy makes: norms and the weighted sum too."""
-    factor = torch.ones(call.segments.patients, device=call.x.device)
-    if name == "ghost":
-        return lambda: (strategy(), call.weighted(None, call.segments.spread(factor)))
+def _text(key: Key) -> str:
+    return " ".join("x".join(map(str, k)) if isinstance(k, tuple) else str(k) for k in key)
 
-    def kept() -> object:
-        gradients = strategy()
-        return torch.linalg.vector_norm(gradients.flatten(1), dim=1), torch.tensordot(
-            factor.to(gradients.dtype), gradients, dims=1
-        )
 
-    return kept
+def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]) -> Callable[[], object]:
+    """Return all the work that a strategy makes: the bias, norms and the weighted sum too."""
+    factor = torch.ones(call.segments.patients, device=call.x.device, dtype=call.x.dtype)
+    convolution = isinstance(call, ConvCall)
+
+    def whole() -> object:
+        found, by_bias = strategy()
+        if by_bias is None and convolution:
+            by_bias = call.gradient.flatten(2).sum(2)
+        if name == GHOST:
+            return call.weighted(None, call.segments.spread(factor))
+        return torch.linalg.vector_norm(found.flatten(1), dim=1), torch.tensordot(factor, found, dims=1)
+
+    return whole
 
 
 def fastest(works: Mapping[str, Callable[[], object]], device: torch.device) -> str:
     """Return the name of the work that took least, in its best of a few turns after one to warm up.
 
-    One that takes three times as long as the best so far is not tried again.
+    One that takes twice as long as the best so far, or has had its share of time, is not tried again.
     """
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys(works, math.inf)
-    for turn in range(REPEATS + 1):
+    spent = dict.fromkeys(works, 0.0)
+    for turn in range(TURNS + 1):
         least = min(best.values())
         for name, work in works.items():
-            if turn > 1 and best[name] > 3 * least:
+            if turn > 1 and (best[name] > 2 * least or spent[name] > SHARE_SECONDS):
                 continue
             begun = clock()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if turn:
-                best[name] = min(best[name], clock() - begun)
+                taken = clock() - begun
+                best[name] = min(best[name], taken)
+                spent[name] += taken
     return min(best, key=lambda name: best[name])
