@@ -67,16 +67,19 @@ class LinearPart(nn.Module):
 
     mean_map: (H, C, *k); directions: (d, C, *k), each scaled by its standard deviation and mutually orthogonal.
     spectrum: (SHELLS, C, C), the covariance between channels of one cosine coefficient of what m(c) leaves over, by
-    shell of frequency. It is not part of p(x|z): sampling adds it as texture.
+    shell of frequency; contrast: (M,), how much brighter the image is inside each mask than around it, where m(c) does
+    not already say so. These two are not part of p(x|z): sampling adds them as texture.
     """
 
     mean_map: Tensor
     directions: Tensor
     spectrum: Tensor
+    contrast: Tensor
 
     def __init__(self, space: ImageSpace, basis_shape: tuple[int, ...], latent_dim: int) -> None:
         super().__init__()
         self.space = space
+        self.register_buffer("contrast", torch.zeros(space.channels - 1))
         self.register_buffer("spectrum", torch.zeros(SHELLS, space.channels, space.channels))
         self.register_buffer("mean_map", torch.zeros(design_width(space.conditions), space.channels, *basis_shape))
         self.register_buffer("directions", torch.zeros(latent_dim, space.channels, *basis_shape))

@@ -59,7 +59,9 @@ def generate(
     texture = None
     if model.linear is not None:
         explained = explained_spectrum(model.linear.directions.numpy(), space.spatial_shape, SHELLS)
-        texture = make_texture(model.linear.spectrum.numpy(), explained, space.spatial_shape)
+        texture = make_texture(
+            model.linear.spectrum.numpy(), explained, model.linear.contrast.numpy(), space.spatial_shape
+        )
     images = np.empty((len(encoded), *space.spatial_shape), dtype=np.float32)
     masks = np.zeros(images.shape, dtype=np.uint8) if space.mask_labels else None
     names = np.asarray((0, *space.mask_labels), dtype=np.uint8)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 from scipy.fft import idctn
 from scipy.special import ndtri
 
@@ -25,9 +26,12 @@ Array = npt.NDArray[np.float32]
 Matrices = npt.NDArray[np.float64]
 
 # Probabilities below this are noise of the released means, spread over the whole field of view.
-FAINT = 0.06
+FAINT = 0.1
+# Islands smaller than this share of the largest are a field's chance crossings, not anatomy.
+ISLAND = 0.1
 SURE = 0.995
-SMOOTHER = 2.5
+# Frequency, as a share of the finest that the grid can hold, from which on a mask's field has no power left.
+SMOOTH = 0.1
 # Share of the leftover amplitude that is drawn: the rest of it is edges that moved, which a field would draw as grain.
 FINE = 0.5
 
@@ -42,29 +46,31 @@ class Texture:
     slope: Matrices  # (M,): how much brighter the image is inside each mask than its probability made the mean
 
 
-def make_texture(spectrum: Array, explained: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
+def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
     """Prepare sampling from the released spectrum (SHELLS, C, C), less what the directions explain (same shape).
 
-    Returns None where no spectrum was released.
+    contrast: (M,), the image's slope on each mask. Returns None where no spectrum was released.
     """
     if not np.any(spectrum):
         return None
     shell = shells(spatial_shape)
-    left = np.asarray(spectrum, dtype=np.float64)
-    count = np.bincount(shell.ravel(), minlength=len(left))
+    slope = np.asarray(contrast, dtype=np.float64)
+    left = np.asarray(spectrum, dtype=np.float64) - np.asarray(explained)
     masks = left[:, 1:, 1:]
-    # One slope a mask, of the sums over all shells: that is the contrast of the structure, sharp edges included.
-    within = np.einsum("s,sab->ab", count, masks)
-    slope = np.linalg.solve(
-        within + 0.1 * np.diag(np.diag(within)) + 1e-9 * np.eye(len(within)), count @ left[:, 1:, 0]
-    )
     given = left[:, 0, 0] - 2 * left[:, 0, 1:] @ slope + np.einsum("a,sab,b->s", slope, masks, slope)
-    given = np.maximum(given - np.asarray(explained)[:, 0, 0], 0.0)
-    # A field is smoother than the mask it cuts out, whose sharp edges fill the high frequencies.
-    power = np.maximum(np.einsum("sii->si", masks - np.asarray(explained)[:, 1:, 1:]), 0.0) ** SMOOTHER
+    count = np.bincount(shell.ravel(), minlength=len(left))
+    power = np.maximum(np.einsum("sii->si", masks), 0.0) * _low_pass(spatial_shape, shell, len(left))[:, None]
     total = (power * count[:, None]).sum(0) / shell.size
     unit = np.sqrt(power / np.where(total > 0, total, 1.0))
-    return Texture(shell, unit, FINE * np.sqrt(given), slope)
+    return Texture(shell, unit, FINE * np.sqrt(np.maximum(given, 0.0)), slope)
+
+
+def _low_pass(spatial_shape: tuple[int, ...], shell: npt.NDArray[np.int64], count: int) -> Matrices:
+    """Return a factor a shell for the masks' fields, smoother than the masks they cut out, whose edges are sharp."""
+    squares = [np.square(np.arange(n) / n) for n in spatial_shape]
+    frequency = np.sqrt(np.add.reduce(np.meshgrid(*squares, indexing="ij")))
+    mean = np.bincount(shell.ravel(), frequency.ravel(), count) / np.maximum(np.bincount(shell.ravel(), None, count), 1)
+    return np.asarray(np.exp(-0.5 * np.square(mean / SMOOTH)))
 
 
 def explained_spectrum(directions: Array, spatial_shape: tuple[int, ...], shell_count: int) -> Array:
@@ -95,6 +101,10 @@ def draw_labels(probability: Array, texture: Texture | None, rng: np.random.Gene
     weights = probability.reshape(len(probability), -1).sum(1)
     amplitude = texture.mask @ (weights / max(float(weights.sum()), 1e-6))
     foreground = (total > 0) & (_field(amplitude, texture, rng) < ndtri(np.clip(total, 1e-6, SURE)))
+    islands, count = ndimage.label(foreground)
+    if count > 1:
+        sizes = np.bincount(islands.ravel())[1:]
+        foreground &= np.concatenate([[False], sizes >= ISLAND * sizes.max()])[islands]
     if len(probability) > 1:
         # Between labels: the same construction, so that their border is sharp and keeps its odds.
         tilt = np.stack([_field(texture.mask[:, m], texture, rng) for m in range(len(probability))])

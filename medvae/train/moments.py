@@ -350,11 +350,30 @@ def _second(fit: _Fit) -> None:
     directions = principal_directions(covariance, noise_sd, fit.shapes.latent_dim)
     kept = torch.as_tensor(directions, dtype=torch.float32).view(-1, channels, *fit.shapes.coarse)
     part.directions[(slice(len(kept)), *fit.coarse[1:])] = kept
-    per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
     scale_full = fit.full_radius**2 / spectrum_weight / fit.count
-    spectrum = spectra.reshape(SHELLS, channels, channels) * scale_full / per_band[:, None, None]
-    noise_spectrum = fit.noise_multipliers["second"] * scale_full / per_band
-    part.spectrum.copy_(torch.as_tensor(tame_spectra(spectrum, noise_spectrum), dtype=torch.float32))
+    energy = spectra.reshape(SHELLS, channels, channels) * scale_full
+    noise_sd = fit.noise_multipliers["second"] * scale_full
+    per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
+    spectrum = tame_spectra(energy / per_band[:, None, None], noise_sd / per_band)
+    part.spectrum.copy_(torch.as_tensor(spectrum, dtype=torch.float32))
+    part.contrast.copy_(
+        torch.as_tensor(mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5), dtype=torch.float32)
+    )
+
+
+def mask_contrast(total: Array, noise_sd: float) -> Array:
+    """Return the slope (M,) of the image on its masks from their noisy total covariance (C, C). Post-processing.
+
+    noise_sd: of the average of an entry and its mirror image.
+
+    Cross terms are shrunk by their noise (positive-part James-Stein), and the masks' own matrix is kept above it: a
+    contrast that the noise could have made is none.
+    """
+    cross = (total[0, 1:] + total[1:, 0]) / 2
+    cross = cross * np.maximum(1 - noise_sd**2 / np.maximum(cross**2, 1e-30), 0.0)
+    within = (total[1:, 1:] + total[1:, 1:].T) / 2
+    values, vectors = np.linalg.eigh(within)
+    return np.asarray((vectors / np.maximum(values, 2 * noise_sd + 1e-12)) @ vectors.T @ cross)
 
 
 def tame_spectra(spectra: Array, noise_sd: Array) -> Array:

@@ -70,7 +70,7 @@ def test_thresholded_fields_keep_each_voxels_probability():
     shape = (24, 24)
     spectrum = np.zeros((SHELLS, 2, 2), np.float32)
     spectrum[:6, 1, 1] = 1.0
-    texture = make_texture(spectrum, np.zeros_like(spectrum), shape)
+    texture = make_texture(spectrum, np.zeros_like(spectrum), np.zeros(1, np.float32), shape)
     wanted = np.linspace(0.1, 0.9, 24, dtype=np.float32)[None, :, None] * np.ones((1, 24, 24), np.float32)
     rng = np.random.default_rng(0)
     drawn = np.mean([draw_labels(wanted, texture, rng) > 0 for _ in range(1500)], axis=0)
