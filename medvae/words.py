@@ -76,10 +76,12 @@ def train(result: Result) -> list[str]:
     """The claim, what it means, where the run is."""
     lines = [claim(result), *_meaning(result)]
     lines += [f"warning: {line}" for line in result.get("warnings", [])]
-    if not result["releasable"]:
-        lines += [f"not releasable: {reason}" for reason in result["reasons"]]
     run = result["run"]
-    return [*lines, f"run: {run}", f"next: medvae audit {run} -o report; medvae release {run} -o release"]
+    following = f"next: medvae audit {run} -o report"
+    if result["releasable"]:
+        following += f"; medvae release {run} -o release"
+    lines += [f"not releasable: {reason}" for reason in result["reasons"]]
+    return [*lines, f"run: {run}", following]
 
 
 def audit(result: Result, report: Path) -> list[str]:
