@@ -201,18 +201,25 @@ def _write(tuner: Tuner, book: Book, weight: nn.Parameter, call: ConvCall | Line
     return by_bias
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    """Return whether x (B, C, ...) has exactly the strides of channels_last; the native kernels take no others."""
+    strides, step = [1], x.shape[1]
+    for size in reversed(x.shape[2:]):
+        strides.insert(1, step)
+        step *= size
+    return x.dim() in (4, 5) and x.stride() == (step, *strides)
+
+
 def _dense(x: Tensor) -> Tensor:
     """Return x (B, C, ...) in one of the two layouts that the native kernels know."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return x if last is not None and x.is_contiguous(memory_format=last) else x.contiguous()
+    return x if _is_channels_last(x) else x.contiguous()
 
 
 def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient in the layout of x."""
+    """Return the gradient in the layout of x: the native kernel reads both so, and does not check."""
     if x.is_contiguous():
         return gradient.contiguous()
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()]
-    return gradient.contiguous(memory_format=last)
+    return torch.empty_like(x, dtype=gradient.dtype).copy_(gradient) if gradient.stride() != x.stride() else gradient
 
 
 def _cast(x: Tensor) -> Tensor:

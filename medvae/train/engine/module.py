@@ -62,11 +62,13 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opac
         self._desk.book = book
         try:
             losses: Tensor = self._module(*inputs) * weight
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            # Autocast is for the forward pass; backward repeats its precision by itself, and sums are in float32.
+            with torch.autocast(weight.device.type, enabled=False):
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+                self._refuse_plain_gradients()
+                sums, norms = book.close(max_norm)
         finally:
             self._desk.book = None
-        self._refuse_plain_gradients()
-        sums, norms = book.close(max_norm)
         return [sums.get(p) for _, p in self._named], norms, book.segments.sum(losses.detach())
 
     def _refuse_plain_gradients(self) -> None:

@@ -138,9 +138,9 @@ class ConvCall:
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the sum of weight gradients over scans, each times its factor."""
-        x, gradient = (self.x, self.gradient) if rows is None else (self.x[rows], self.gradient[rows])
-        gradient = gradient * factor.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
-        return self.geometry.backward(x, gradient, self.weight, (False, True, False))[1]
+        x, gradient = _selected(self.x, self.gradient, rows)
+        gradient = gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
+        return self.geometry.backward(x, gradient, self.weight.float(), (False, True, False))[1]
 
     @property
     def key(self) -> Key:
@@ -194,9 +194,8 @@ class LinearCall:
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the sum of weight gradients over scans, each times its factor."""
-        x, gradient = (self.x, self.gradient) if rows is None else (self.x[rows], self.gradient[rows])
-        gradient = gradient * factor.to(gradient.dtype).view(-1, 1, 1)
-        return gradient.flatten(0, 1).T @ x.flatten(0, 1)
+        x, gradient = _selected(self.x, self.gradient, rows)
+        return (gradient * factor.view(-1, 1, 1)).flatten(0, 1).T @ x.flatten(0, 1)
 
     @property
     def key(self) -> Key:
@@ -209,6 +208,11 @@ class LinearCall:
         if self.x.shape[1] * self.segments.size.most <= GHOST_PLACES:
             found[GHOST] = self.squares
         return found
+
+
+def _selected(x: Tensor, gradient: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the scans that count, in float32: a factor rounded to less could carry a patient over the bound."""
+    return (x.float(), gradient.float()) if rows is None else (x[rows].float(), gradient[rows].float())
 
 
 def _machine(x: Tensor) -> Key:
@@ -262,7 +266,7 @@ def _text(key: Key) -> str:
 
 def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]) -> Callable[[], object]:
     """Return all the work that a strategy makes: the bias, norms and the weighted sum too."""
-    factor = torch.ones(call.segments.patients, device=call.x.device, dtype=call.x.dtype)
+    factor = torch.ones(call.segments.patients, device=call.x.device)
     convolution = isinstance(call, ConvCall)
 
     def whole() -> object:
@@ -271,6 +275,7 @@ def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]
             by_bias = call.gradient.flatten(2).sum(2)
         if name == GHOST:
             return call.weighted(None, call.segments.spread(factor))
+        found = found.float()
         return torch.linalg.vector_norm(found.flatten(1), dim=1), torch.tensordot(factor, found, dims=1)
 
     return whole
