@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
+import numpy as np
 import torch
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from medvae.train.gradient import (
     step_stats,
 )
 from medvae.types import Batch, Private
+
+# Memory that the gradients of one part of a batch may take, in bytes: more gains nothing once the caches are full.
+KEPT_BYTES = 64 * 2**20
 
 
 class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opacus ships no types
@@ -83,14 +88,27 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opac
 
 
 class BookkeepingSampler:
-    """The engine behind the `GradSampler` protocol. A batch is split between patients, never inside one."""
+    """The engine behind the `GradSampler` protocol.
 
-    def __init__(self, model: nn.Module, *, max_grad_norm: float, max_scans: int, tuner: Tuner | None = None) -> None:
+    A batch is split between patients, never inside one, so that at most `max_scans` scans are in memory and the
+    gradients that are kept take at most `kept_bytes`; one patient is always taken whole.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_grad_norm: float,
+        max_scans: int,
+        kept_bytes: int = KEPT_BYTES,
+        tuner: Tuner | None = None,
+    ) -> None:
         refuse_unsupported(model)
         self._module = BookkeepingModule(model.train(), tuner=tuner)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._max_grad_norm = max_grad_norm
         self._max_scans = max_scans
+        self._max_patients = max(1, kept_bytes // (4 * sum(p.numel() for p in self._parameters)))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -108,11 +126,10 @@ class BookkeepingSampler:
         totals = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
         norms, losses = [torch.zeros(0)], [torch.zeros(0)]
         bound = self._max_grad_norm * (1 - ROUNDING_MARGIN)
-        for part in micro_batches(batch.patient, self._max_scans):
+        for part in self._parts(batch.patient):
             segment, counts = segments(batch.patient[part])
-            inputs = tuple(
-                t.to(device) for t in (*map(torch.from_numpy, (batch.x[part], batch.condition[part])), latent[part])
-            )
+            arrays = (torch.from_numpy(batch.x[part]), torch.from_numpy(batch.condition[part]), latent[part])
+            inputs = tuple(t.to(device) for t in arrays)
             weight = (1 / counts[segment]).to(device)
             sums, norm, loss = self._module.clipped_sum(inputs, weight, tuple(counts.tolist()), bound)
             for total, value in zip(totals, sums, strict=True):
@@ -120,3 +137,11 @@ class BookkeepingSampler:
             norms.append(norm.cpu())
             losses.append(loss.float().cpu())
         return totals, step_stats(torch.cat(norms), torch.cat(losses), self._max_grad_norm, len(batch.patient))
+
+    def _parts(self, patient: np.ndarray) -> Iterator[slice]:
+        """Split sorted patients (B,) into slices of whole patients that fit."""
+        for part in micro_batches(patient, self._max_scans):
+            starts = part.start + np.flatnonzero(np.diff(patient[part], prepend=patient[part][:1] - 1))
+            parts = -(-len(starts) // self._max_patients)
+            edges = [int(some[0]) for some in np.array_split(starts, parts)] + [part.stop]
+            yield from (slice(a, b) for a, b in pairwise(edges))
