@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from medvae.errors import ConfigError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -70,16 +70,16 @@ class MomentsConfig(Frozen):
 
 
 class DpSgdConfig(Frozen):
-    """DP-SGD by patient."""
+    """DP-SGD by patient. With `enabled` left open the rule decides: from a few hundred patients on."""
 
-    enabled: bool = True
+    enabled: bool | None = None
     steps: Count | None = None
     sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     max_grad_norm: Positive = 1.0
     learning_rate: Positive | None = None
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     scans_per_patient: Count = 4
-    grad_sampler: Literal["functorch"] = "functorch"
+    grad_sampler: Literal["bookkeeping", "functorch"] = "bookkeeping"
     checkpoint_every: Count = 25
 
 
@@ -93,7 +93,7 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _some_stage(self) -> Recipe:
-        if not (self.moments.enabled or self.dpsgd.enabled):
+        if not self.moments.enabled and self.dpsgd.enabled is False:
             raise ValueError("every stage is switched off: enable moments or dpsgd")
         return self
 
@@ -163,7 +163,7 @@ def load_recipe(path: Path) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         raise ConfigError("the pipeline file cannot be read as YAML: see pipelines/ for examples") from None
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError("the pipeline file is not a mapping of keys: see pipelines/ for examples")
     recipe: Recipe = build(Recipe, **data)
     return recipe

@@ -32,7 +32,7 @@ def ingest_config(labels: Path) -> IngestConfig:
 
 def train_config() -> TrainConfig:
     """The demo's training: `medvae train --dp-epsilon 8`, with few steps."""
-    recipe = Recipe(name="demo", dpsgd=DpSgdConfig(steps=STEPS))
+    recipe = Recipe(name="demo", dpsgd=DpSgdConfig(enabled=True, steps=STEPS))
     config: TrainConfig = build(TrainConfig, dp_epsilon=EPSILON, recipe=recipe)
     return config
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from medvae.config import Recipe, TrainConfig
-from medvae.dp.accounting import pld_epsilon
+from medvae.dp.accounting import canonical, pld_epsilon
 from medvae.dp.delta import check_delta, default_delta
 from medvae.dp.staging import DPSGD, plan_stages
 from medvae.nets.build import build_model
@@ -55,13 +55,18 @@ def cohort_warnings(plan: PrivacyPlan, parameters: int) -> list[str]:
     if not plan.private:
         return ["trained without privacy, for comparison only: this run can never be released"]
     warnings = []
+    if not parameters:
+        warnings.append(
+            "DP-SGD is off, by the rule for few patients or by the recipe: the closed form has the whole budget "
+            "(dpsgd: {enabled: true} in a pipeline file switches it on)"
+        )
     if plan.patients < FEW_PATIENTS:
         warnings.append(
             f"the cohort has {plan.patients} training patients, which is few: at epsilon {plan.epsilon:.3g} a model "
             "can learn what they have on average and hardly how they differ; expect blurred, much alike images, and "
             "check the utility in the audit before any use"
         )
-    if plan.steps and parameters:
+    if parameters:
         drawn = plan.sample_rate * plan.patients
         ratio = plan.noise_multiplier * math.sqrt(parameters) / (drawn * math.sqrt(plan.steps))
         if ratio > 1:
@@ -88,9 +93,8 @@ def _sgd(recipe: Recipe) -> tuple[float, int] | None:
 
 def _privacy_plan(patients: int, delta: float, recipe: Recipe, mechanisms: tuple[Mechanism, ...]) -> PrivacyPlan:
     sgd = [m for m in mechanisms if m.name == DPSGD]
-    others = [m.noise_multiplier for m in mechanisms if m.name != DPSGD]
-    # Without DP-SGD the headline noise is that of the one Gaussian the other stages compose to (Dong et al. 2022).
-    together = 0.0 if 0.0 in others or not others else sum(z**-2 for z in others) ** -0.5
+    # Without DP-SGD the headline is the one Gaussian that the other stages compose to, as one step on all patients.
+    together = canonical(mechanisms)[0][0] if mechanisms and not sgd else 0.0
     return PrivacyPlan(
         epsilon=pld_epsilon(mechanisms, delta),
         delta=delta,
@@ -98,6 +102,6 @@ def _privacy_plan(patients: int, delta: float, recipe: Recipe, mechanisms: tuple
         sample_rate=sgd[0].sample_rate if sgd else 1.0,
         noise_multiplier=sgd[0].noise_multiplier if sgd else together,
         max_grad_norm=recipe.dpsgd.max_grad_norm if sgd else 1.0,
-        steps=sgd[0].count if sgd else 0,
+        steps=sgd[0].count if sgd else 1,
         mechanisms=mechanisms,
     )

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 
 from medvae.config import DpSgdConfig, ModelConfig, MomentsConfig, Recipe
+from medvae.errors import ConfigError
 from medvae.types import ImageSpace
 
-# Below SMALL patients DP-SGD mostly learns noise, so the closed form gets nearly all of the budget; above LARGE both
-# get half.
+# DP-SGD on fewer patients learned noise only, in our trials (docs/quality.md): a stage that does not lift is off.
+DPSGD_FROM = 500
+# At SMALL patients the closed form gets nearly all of the budget; from LARGE on both get half.
 SMALL, LARGE = 100, 10_000
 SGD_SHARE_SMALL, SGD_SHARE_LARGE = 0.15, 0.5
 # Shares of the closed form's budget: three cheap releases that only set clips and a centre, then the two that count.
@@ -47,18 +49,29 @@ def _moments(config: MomentsConfig, patients: int, space: ImageSpace, *, sgd: bo
     side = max(2, math.floor(size ** (1 / space.spatial_dims)))
     coarse = config.coarse_shape or tuple(min(side, k) for k in basis)
     weight = config.spectrum_weight or round(_between(patients, SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE), 3)
+    _check_shapes(basis, coarse, space.spatial_shape)
     return config.model_copy(
         update={"share": share, "basis_shape": basis, "coarse_shape": coarse, "spectrum_weight": weight}
     )
 
 
-def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace) -> DpSgdConfig:
-    if not config.enabled:
-        return config
+def _check_shapes(basis: tuple[int, ...], coarse: tuple[int, ...], image: tuple[int, ...]) -> None:
+    """Raise ConfigError for shapes that do not fit: it would show after the ledger was charged."""
+    for name, shape, limit, of in (("basis_shape", basis, image, "image"), ("coarse_shape", coarse, basis, "basis")):
+        if len(shape) != len(limit) or any(n > most for n, most in zip(shape, limit, strict=True)):
+            words = " x ".join(map(str, limit))
+            raise ConfigError(f"moments.{name} is {list(shape)}: give {len(limit)} numbers up to the {of}'s {words}")
+
+
+def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace, *, moments: bool) -> DpSgdConfig:
+    enabled = (patients >= DPSGD_FROM or not moments) if config.enabled is None else config.enabled
+    if not enabled:
+        return config.model_copy(update={"enabled": False})
     expected = min(patients * 0.5, max(16.0, min(512.0, patients / 8)))
     steps = 120 if space.spatial_dims == 3 else 200
     return config.model_copy(
         update={
+            "enabled": True,
             "sample_rate": config.sample_rate or round(min(1.0, expected / patients), 6),
             "steps": config.steps or steps,
             "learning_rate": config.learning_rate or 1e-3,
@@ -68,11 +81,12 @@ def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace) -> DpSgdConfig
 
 def resolve(recipe: Recipe, patients: int, space: ImageSpace) -> Recipe:
     """Return the recipe with nothing left open, chosen from the number of training patients and the image space."""
+    dpsgd = _dpsgd(recipe.dpsgd, patients, space, moments=recipe.moments.enabled)
     return recipe.model_copy(
         update={
             "model": _model(recipe.model, patients, space),
-            "moments": _moments(recipe.moments, patients, space, sgd=recipe.dpsgd.enabled),
-            "dpsgd": _dpsgd(recipe.dpsgd, patients, space),
+            "moments": _moments(recipe.moments, patients, space, sgd=dpsgd.enabled is True),
+            "dpsgd": dpsgd,
         }
     )
 

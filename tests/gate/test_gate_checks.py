@@ -91,10 +91,12 @@ def test_a_headline_that_no_mechanism_bears_out_is_refused(run: Path, edit_priva
     refuse(run, "headline")
 
 
-def test_the_headline_of_a_run_without_dpsgd_is_not_compared() -> None:
-    claim = {"noise_multiplier": 1.7, "sample_rate": 1.0, "steps": 0}
-    assert headline(claim, [Mechanism("moments", 2.0)]).ok
-    assert not headline({**claim, "steps": 3}, [Mechanism("moments", 2.0)]).ok
+def test_the_headline_of_a_run_without_dpsgd_is_the_one_gaussian_its_releases_compose_to() -> None:
+    releases = [Mechanism("means", 2.0), Mechanism("second", 2.0)]
+    claim = {"noise_multiplier": 2.0**0.5, "sample_rate": 1.0, "steps": 1}
+    assert headline(claim, releases).ok
+    assert not headline({**claim, "noise_multiplier": 1.5}, releases).ok
+    assert not headline({**claim, "steps": 0}, releases).ok
 
 
 @pytest.mark.parametrize("part", ["run_id", "ledger_id", "sequence", "digest"])

@@ -36,7 +36,7 @@ def walked(tmp_path_factory):
     """Run folders of a model trained on true labels and of one trained on shuffled labels."""
     folder = tmp_path_factory.mktemp("condition")
     recipe = folder / "recipe.yaml"
-    recipe.write_text("name: short\ndpsgd: {steps: 8, sample_rate: 0.1}\nmodel: {channels: [4, 8]}\n")
+    recipe.write_text("name: short\ndpsgd: {enabled: true, steps: 8, sample_rate: 0.1}\nmodel: {channels: [4, 8]}\n")
     cohort = make_phantom(2, 300, seed=5, size=SIZE)
     shuffled = np.random.default_rng(0).permutation(cohort.lesion)
     runs = {}
@@ -48,7 +48,9 @@ def walked(tmp_path_factory):
             folder / f"{name}-cohort",
             build(IngestConfig, shape=(SIZE, SIZE), conditions=("lesion", "age=20:90")),
         )
-        config = build(TrainConfig, dp_epsilon=8.0, recipe=load_recipe(recipe), noise_source="seeded", seed=3, threads=1)
+        config = build(
+            TrainConfig, dp_epsilon=8.0, recipe=load_recipe(recipe), noise_source="seeded", seed=3, threads=1
+        )
         claim = train(folder / f"{name}-cohort", folder / f"{name}-run", config)
         assert claim["epsilon"] <= 8
         runs[name] = folder / f"{name}-run"

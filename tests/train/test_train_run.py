@@ -259,7 +259,7 @@ def test_each_stage_alone(cohort: Path, tmp_path: Path, stage: str) -> None:
     config = config.model_copy(update={"recipe": config.recipe.model_copy(update={other: off})})
     claim = train(cohort, tmp_path / "run", config)
     assert 7.9 < claim["epsilon"] <= 8.0
-    assert claim["steps"] == (6 if stage == "dpsgd" else 0)
+    assert claim["steps"] == (6 if stage == "dpsgd" else 1)
     assert problem("privacy", claim) is None
     load_release(read_release(tmp_path / "run" / "model"))
 
@@ -269,6 +269,19 @@ def test_a_delta_at_or_above_one_over_patients_is_refused(cohort: Path, tmp_path
     with pytest.raises(ConfigError, match="delta"):
         train(cohort, tmp_path / "run", small_config(dp_delta=delta))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [{"basis_shape": (9, 9)}, {"basis_shape": (4,)}, {"basis_shape": (4, 4), "coarse_shape": (5, 5)}],
+)
+def test_shapes_that_do_not_fit_are_refused_before_the_charge(
+    cohort: Path, tmp_path: Path, moments: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError, match="numbers up to"):
+        train(cohort, tmp_path / "run", small_config(recipe={"moments": moments}))
+    assert not (tmp_path / "run").exists()
+    assert Ledger(cohort / "ledger.db").spent(1e-5) == 0
 
 
 def test_held_out_patients_are_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
