@@ -59,7 +59,7 @@ WORDS: Mapping[str, frozenset[str]] = {
     "accountant": frozenset({"pld", "prv"}),
     "device": frozenset({"auto", "cpu", "cuda"}),
     "formats": frozenset({"nifti", "dicom", "png", "npz"}),
-    "grad_sampler": frozenset({"functorch"}),
+    "grad_sampler": frozenset({"bookkeeping", "functorch"}),
     "intensity": frozenset({"auto", "window", "percentile"}),
     "likelihood": frozenset({"gaussian", "laplace", "bernoulli", "discretised_logistic"}),
     "neighboring": frozenset({"add-remove"}),

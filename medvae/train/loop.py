@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from medvae.config import DpSgdConfig
 from medvae.errors import RunError
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint
+from medvae.train.engine.module import checked_sampler
+from medvae.train.engine.tuner import Tuner, load_choices, save_choices
 from medvae.train.gradient import (
     FunctorchSampler,
     GradSampler,
@@ -64,7 +66,9 @@ def train_dpsgd(
     checkpoint is found. Ctrl-C writes one, then raises KeyboardInterrupt. Raises RunError for a checkpoint of
     another plan, or a broken one; ConfigError for a model that cannot be trained by patient.
     """
-    engine = make_engine(model, plan, latent_dim, sampler.store.space)
+    # A repeatable run repeats its arithmetic too, which timed choices would not.
+    tuner = Tuner(load_choices(folder), fixed=None if randomness.releasable else "loop")
+    engine = make_engine(model, plan, latent_dim, sampler.store.space, config.grad_sampler, tuner)
     optimizer = PatientDPOptimizer(
         inner_optimizer(engine.parameters, _learning_rate(config)),
         engine,
@@ -100,13 +104,21 @@ def train_dpsgd(
             stop = interrupted()
             if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == plan.steps:
                 _save(folder, model, average, optimizer, plan, step + 1)
+                save_choices(folder, tuner.choices)
             if stop:
                 raise KeyboardInterrupt
 
     _set_weights(model, average)
 
 
-def make_engine(model: nn.Module, plan: PrivacyPlan, latent_dim: int, space: ImageSpace) -> GradSampler:
+def make_engine(
+    model: nn.Module,
+    plan: PrivacyPlan,
+    latent_dim: int,
+    space: ImageSpace,
+    grad_sampler: Literal["bookkeeping", "functorch"] = "bookkeeping",
+    tuner: Tuner | None = None,
+) -> GradSampler:
     """Return the gradient engine for a model, checked on made-up scans against plain autograd."""
     batch, latent = made_up_scans(space, latent_dim)
     limit = max_scans_per_micro_batch(model, batch, latent)
@@ -118,6 +130,16 @@ def make_engine(model: nn.Module, plan: PrivacyPlan, latent_dim: int, space: Ima
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    if grad_sampler == "bookkeeping":
+        return checked_sampler(
+            model,
+            moved,
+            batch,
+            latent,
+            max_grad_norm=plan.max_grad_norm,
+            max_scans=limit,
+            tuner=tuner or Tuner(),
+        )
     probe = FunctorchSampler(copy.deepcopy(moved), max_grad_norm=plan.max_grad_norm, max_scans=limit)
     check_sampler(probe, moved, batch, latent)
     return FunctorchSampler(model, max_grad_norm=plan.max_grad_norm, max_scans=limit)

@@ -35,7 +35,7 @@ def step_cost(plan: TrainPlan, space: ImageSpace, scans_per_patient: float = 1.0
     recipe, privacy = plan.recipe, plan.privacy
     if not recipe.dpsgd.enabled or recipe.model.latent_dim is None:
         return None
-    engine = make_engine(build_model(space, recipe), privacy, recipe.model.latent_dim, space)
+    engine = make_engine(build_model(space, recipe), privacy, recipe.model.latent_dim, space, recipe.dpsgd.grad_sampler)
     expected = max(1.0, privacy.sample_rate * privacy.patients * min(scans_per_patient, recipe.dpsgd.scans_per_patient))
     scans = round(min(PROBE_SCANS, expected))
     rng = np.random.default_rng(0)

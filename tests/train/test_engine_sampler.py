@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from medvae.config import ModelConfig
 from medvae.errors import ConfigError
 from medvae.nets.cvae import ConditionalVAE
 from medvae.train.engine.module import BookkeepingModule, BookkeepingSampler
-from medvae.train.engine.strategies import Tuner, fastest
+from medvae.train.engine.tuner import Tuner, fastest, load_choices, save_choices
 from medvae.train.gradient import FunctorchSampler, check_sampler
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
@@ -287,6 +288,26 @@ def test_strategies_are_timed_once_and_can_be_given() -> None:
     repeated = BookkeepingModule(Net(), tuner=Tuner(given))
     repeated.clipped_sum((x,), weight, (1,) * 6, 1.0)
     assert dict(repeated.choices) == given
+
+
+def test_choices_are_stored_with_a_run_and_a_torn_file_only_costs_time(tmp_path: Path) -> None:
+    assert load_choices(tmp_path) == {}
+    save_choices(tmp_path, {"conv b": "loop", "conv a": "ghost"})
+    assert load_choices(tmp_path) == {"conv a": "ghost", "conv b": "loop"}
+    (tmp_path / "strategies.json").write_text('{"conv a": "gh')
+    assert load_choices(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kept", [1, 10**4, 10**9])
+@pytest.mark.parametrize("max_scans", [1, 4, 100])
+def test_a_batch_is_split_between_patients_only(kept: int, max_scans: int) -> None:
+    model = vae((8, 12))
+    batch, latent = cohort((8, 12), [1, 7, 2, 3, 1])
+    whole, _ = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=0.1, max_scans=100).clipped_sum(batch, latent)
+    sampler = BookkeepingSampler(model, max_grad_norm=0.1, max_scans=max_scans, kept_bytes=kept)
+    sums, stats = sampler.clipped_sum(batch, latent)
+    assert len(stats.reveal().norms) == 5
+    assert float((flat(sums) - flat(whole)).norm() / flat(whole).norm()) < 1e-4
 
 
 def test_the_fastest_is_chosen() -> None:

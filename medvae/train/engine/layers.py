@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from medvae.errors import ConfigError
 from medvae.train.engine.book import Book, Deferred
-from medvae.train.engine.strategies import ConvCall, Geometry, LinearCall, Tuner
+from medvae.train.engine.strategies import ConvCall, Geometry, LinearCall
+from medvae.train.engine.tuner import Tuner
 
 
 @dataclass

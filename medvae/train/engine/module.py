@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
@@ -14,10 +15,11 @@ from medvae.errors import ConfigError
 from medvae.train.engine.book import Book
 from medvae.train.engine.layers import Desk, install, remove
 from medvae.train.engine.segments import Segments
-from medvae.train.engine.strategies import Tuner
+from medvae.train.engine.tuner import Tuner
 from medvae.train.gradient import (
     ROUNDING_MARGIN,
     StepStats,
+    check_sampler,
     micro_batches,
     refuse_unsupported,
     segments,
@@ -26,7 +28,9 @@ from medvae.train.gradient import (
 from medvae.types import Batch, Private
 
 # Memory that the gradients of one part of a batch may take, in bytes: more gains nothing once the caches are full.
-KEPT_BYTES = 64 * 2**20
+KEPT_BYTES = 32 * 2**20
+# Each is checked before training, as any may be chosen later.
+STRATEGIES = ("loop", "grouped4", "unfold", "ghost")
 
 
 class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opacus ships no types
@@ -71,7 +75,8 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opac
             with torch.autocast(weight.device.type, enabled=False):
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 self._refuse_plain_gradients()
-                sums, norms = book.close(max_norm)
+                with torch.no_grad():
+                    sums, norms = book.close(max_norm)
         finally:
             self._desk.book = None
         return [sums.get(p) for _, p in self._named], norms, book.segments.sum(losses.detach())
@@ -145,3 +150,25 @@ class BookkeepingSampler:
             parts = -(-len(starts) // self._max_patients)
             edges = [int(some[0]) for some in np.array_split(starts, parts)] + [part.stop]
             yield from (slice(a, b) for a, b in pairwise(edges))
+
+
+def checked_sampler(
+    model: nn.Module,
+    moved: nn.Module,
+    batch: Batch,
+    latent: Tensor,
+    *,
+    max_grad_norm: float,
+    max_scans: int,
+    tuner: Tuner,
+) -> BookkeepingSampler:
+    """Return the engine for a model, after every strategy agreed with plain autograd on made-up scans.
+
+    moved: a copy of the model off its start, where no layer hides another. Raises ConfigError as `check_sampler`.
+    """
+    for strategy in STRATEGIES:
+        probe = BookkeepingSampler(
+            copy.deepcopy(moved), max_grad_norm=max_grad_norm, max_scans=max_scans, tuner=Tuner(fixed=strategy)
+        )
+        check_sampler(probe, moved, batch, latent)
+    return BookkeepingSampler(model, max_grad_norm=max_grad_norm, max_scans=max_scans, tuner=tuner)

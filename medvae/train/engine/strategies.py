@@ -1,13 +1,11 @@
-"""Ways to take weight gradients by patient of a convolution or a linear layer, and the choice between them.
+"""Ways to take weight gradients by patient of a convolution or a linear layer.
 
-All give the same numbers up to rounding; which is fastest depends on the layer's shape, the batch and the machine, so
-each is timed once.
+All give the same numbers up to rounding; which is fastest depends on the layer's shape, the batch and the machine.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +17,11 @@ from torch.nn import functional
 from medvae.train.engine.segments import Segments
 
 # Strategies that copy each kernel window are not tried above this size of the copy, in bytes.
-WINDOW_BYTES = 64 * 2**20
+WINDOW_BYTES = 16 * 2**20
 # Norms without gradients are not tried where a patient has more places than this: their cost grows with the square.
 GHOST_PLACES = 64
 # Patients that share one grouped convolution: few at a time stay in the cache.
 GROUP_CHUNKS = (4, 8, 32)
-# A strategy is timed so many times at most, or until it took its share.
-TURNS, SHARE_SECONDS = 7, 0.1
 GHOST = "ghost"
 
 
@@ -217,89 +213,3 @@ def _selected(x: Tensor, gradient: Tensor, rows: Tensor | None) -> tuple[Tensor,
 
 def _machine(x: Tensor) -> Key:
     return (str(x.dtype), x.device.type, torch.get_num_threads())
-
-
-@dataclass(frozen=True)
-class Work:
-    """A chosen strategy; `deferred` ones give norms only."""
-
-    run: Callable[[], Found]
-    deferred: bool
-
-
-class Tuner:
-    """Times the strategies once for each layer shape, batch size and machine, and remembers the fastest."""
-
-    def __init__(self, choices: Mapping[str, str] | None = None, *, fixed: str | None = None) -> None:
-        """Start from choices made before, so that a run that resumes repeats them.
-
-        `fixed` names a strategy to use wherever it can be, without timing: for tests and repeatable runs.
-        """
-        self._given = dict(choices or {})
-        self._memory: dict[Key, str] = {}
-        self._fixed = fixed
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """Strategy by layer shape, batch size and machine: the choices made or given so far."""
-        return self._given | {_text(key): name for key, name in self._memory.items()}
-
-    def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> Work:
-        """Return the strategy for this call."""
-        found = {n: f for n, f in call.candidates().items() if may_defer or n != GHOST}
-        name = next(iter(found))
-        if self._fixed is not None:
-            name = self._fixed if self._fixed in found else name
-        elif len(found) > 1:
-            key = (call.key, may_defer)
-            if key not in self._memory:
-                given = self._given.get(_text(key))
-                works = {n: _whole(call, n, f) for n, f in found.items()}
-                self._memory[key] = given if given in found else fastest(works, call.x.device)
-            name = self._memory[key]
-        return Work(found[name], name == GHOST)
-
-
-def _text(key: Key) -> str:
-    return " ".join("x".join(map(str, k)) if isinstance(k, tuple) else str(k) for k in key)
-
-
-def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]) -> Callable[[], object]:
-    """Return all the work that a strategy makes: the bias, norms and the weighted sum too."""
-    factor = torch.ones(call.segments.patients, device=call.x.device)
-    convolution = isinstance(call, ConvCall)
-
-    def whole() -> object:
-        found, by_bias = strategy()
-        if by_bias is None and convolution:
-            by_bias = call.gradient.flatten(2).sum(2)
-        if name == GHOST:
-            return call.weighted(None, call.segments.spread(factor))
-        found = found.float()
-        return torch.linalg.vector_norm(found.flatten(1), dim=1), torch.tensordot(factor, found, dims=1)
-
-    return whole
-
-
-def fastest(works: Mapping[str, Callable[[], object]], device: torch.device) -> str:
-    """Return the name of the work that took least, in its best of a few turns after one to warm up.
-
-    One that takes twice as long as the best so far, or has had its share of time, is not tried again.
-    """
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    best = dict.fromkeys(works, math.inf)
-    spent = dict.fromkeys(works, 0.0)
-    for turn in range(TURNS + 1):
-        least = min(best.values())
-        for name, work in works.items():
-            if turn > 1 and (best[name] > 2 * least or spent[name] > SHARE_SECONDS):
-                continue
-            begun = clock()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn:
-                taken = clock() - begun
-                best[name] = min(best[name], taken)
-                spent[name] += taken
-    return min(best, key=lambda name: best[name])

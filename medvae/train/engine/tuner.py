@@ -1,0 +1,125 @@
+"""The choice of a strategy: each is timed once for each layer shape, batch size and machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from medvae.train.checkpoint import write_json
+from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCall
+
+# A strategy is timed so many times at most, or until it took its share.
+TURNS, SHARE_SECONDS = 7, 0.1
+FILE = "strategies.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A chosen strategy; `deferred` ones give norms only."""
+
+    run: Callable[[], Found]
+    deferred: bool
+
+
+class Tuner:
+    """Times the strategies once for each layer shape, batch size and machine, and remembers the fastest."""
+
+    def __init__(self, choices: Mapping[str, str] | None = None, *, fixed: str | None = None) -> None:
+        """Start from choices made before, so that a run that resumes repeats them.
+
+        `fixed` names a strategy to use wherever it can be, without timing: for tests and repeatable runs.
+        """
+        self._given = dict(choices or {})
+        self._memory: dict[Key, str] = {}
+        self._fixed = fixed
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Strategy by layer shape, batch size and machine: the choices made or given so far."""
+        return self._given | {_text(key): name for key, name in self._memory.items()}
+
+    def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> Work:
+        """Return the strategy for this call."""
+        found = {n: f for n, f in call.candidates().items() if may_defer or n != GHOST}
+        name = next(iter(found))
+        if self._fixed is not None:
+            name = self._fixed if self._fixed in found else name
+        elif len(found) > 1:
+            key = (*call.key, may_defer)
+            if key not in self._memory:
+                given = self._given.get(_text(key))
+                works = {n: _whole(call, n, f) for n, f in found.items()}
+                self._memory[key] = given if given in found else fastest(works, call.x.device)
+            name = self._memory[key]
+        return Work(found[name], name == GHOST)
+
+
+def _text(key: Key) -> str:
+    return " ".join("x".join(map(str, k)) if isinstance(k, tuple) else str(k) for k in key)
+
+
+def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]) -> Callable[[], object]:
+    """Return all the work that a strategy makes: the bias, norms and the weighted sum too."""
+    factor = torch.ones(call.segments.patients, device=call.x.device)
+    convolution = isinstance(call, ConvCall)
+
+    def whole() -> object:
+        found, by_bias = strategy()
+        if by_bias is None and convolution:
+            by_bias = call.gradient.flatten(2).sum(2)
+        if name == GHOST:
+            return call.weighted(None, call.segments.spread(factor))
+        found = found.float()
+        return torch.linalg.vector_norm(found.flatten(1), dim=1), torch.tensordot(factor, found, dims=1)
+
+    return whole
+
+
+def fastest(works: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+    """Return the name of the work that took least, in its best of a few turns after one to warm up.
+
+    One that takes twice as long as the best so far, or has had its share of time, is not tried again.
+    """
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    best = dict.fromkeys(works, math.inf)
+    spent = dict.fromkeys(works, 0.0)
+    for turn in range(TURNS + 1):
+        least = min(best.values())
+        for name, work in works.items():
+            if turn > 1 and (best[name] > 2 * least or spent[name] > SHARE_SECONDS):
+                continue
+            _synchronise(device)
+            begun = clock()
+            work()
+            _synchronise(device)
+            taken = clock() - begun
+            if turn:
+                best[name] = min(best[name], taken)
+                spent[name] += taken
+    return min(best, key=lambda name: best[name])
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for what the device still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def load_choices(folder: Path) -> dict[str, str]:
+    """Return the choices stored with a run, or none: they only make a resumed run repeat itself."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def save_choices(folder: Path, choices: Mapping[str, str]) -> None:
+    """Store the choices with a run: facts about layers and the machine."""
+    write_json(folder / FILE, dict(sorted(choices.items())))
