@@ -155,7 +155,8 @@ def _header(path: Path, ds: Any) -> Header:
         path=path,
         series=str(ds.get("SeriesInstanceUID") or ""),
         instance=str(ds.get("SOPInstanceUID") or ""),
-        patient=(f"{patient}\0{issuer}" if issuer else patient) or None,
+        # An issuer alone names nobody: all blank ids of one hospital would become one patient.
+        patient=f"{patient}\0{issuer}" if patient and issuer else patient or None,
         rows=int(rows),
         columns=int(columns),
         orientation=_numbers(ds.get("ImageOrientationPatient"), 6),

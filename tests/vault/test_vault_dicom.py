@@ -159,6 +159,14 @@ def test_same_id_of_two_issuers_is_two_patients(tmp_path: Path, run: Any) -> Non
     assert store.info["images"] == 3
 
 
+def test_blank_ids_of_one_issuer_are_no_patient(tmp_path: Path, run: Any) -> None:
+    for i, patient in enumerate(("1", "2", "3", "", "", "")):
+        write_slice(tmp_path / "in" / f"{i}.dcm", noise((8, 8), i), PatientID=patient, IssuerOfPatientID="north")
+    info = run(tmp_path / "in", shape=(8, 8)).info
+    assert info["patients"] == 3
+    assert info["skipped"] == [{"reason": "no PatientID", "count": 3}]
+
+
 def test_2d_shape_makes_every_slice_a_scan_of_one_patient(tmp_path: Path, run: Any) -> None:
     for patient in "AB":
         write_series(tmp_path / "in" / patient, noise((5, 8, 8), ord(patient)), patient)
