@@ -27,6 +27,7 @@ SEARCH_CELLS = 8  # the same inside a search, whose result is then checked at CL
 _MAX_RMS = 0.2  # so that a grid for a claim is never coarser than 1/256
 _MAX_CELLS = 1e6
 _MAX_LOSS = 1e5
+MAX_EXPONENT = 700.0  # exp() of 710 is infinite in double precision
 _EPSILON_DIGITS = 6
 _SMALLEST_DELTA = 1e-12  # below it the rounding errors of the Fourier transform would decide
 
@@ -55,7 +56,8 @@ def delta_curve(mechanisms: Sequence[Mechanism], epsilons: npt.NDArray[np.float6
         return np.maximum(0.0, -np.expm1(np.asarray(epsilons, dtype=np.float64)))
     if _unnoised(key):
         return np.ones(len(epsilons))
-    deltas = _accountant(key, CLAIM_CELLS).get_delta(epsilons)
+    # Past the range of exp() the accountant answers 0 or no number; delta never rises, so an earlier one holds there.
+    deltas = _accountant(key, CLAIM_CELLS).get_delta(np.minimum(epsilons, MAX_EXPONENT))
     return np.clip(np.asarray(deltas, dtype=np.float64), 0.0, 1.0)
 
 

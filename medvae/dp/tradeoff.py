@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from medvae.dp.accounting import canonical, delta_curve, gaussian_deltas, gaussian_epsilon, pld_epsilon
+from medvae.dp.accounting import MAX_EXPONENT, canonical, delta_curve, gaussian_deltas, gaussian_epsilon, pld_epsilon
 from medvae.errors import ConfigError
 from medvae.types import Mechanism
 
@@ -37,7 +37,8 @@ def miss_bound(mechanisms: Sequence[Mechanism], fpr: npt.ArrayLike) -> _Array:
         raise ConfigError("a rate of false accusations is out of range: give numbers from 0 to 1")
     epsilons, deltas = _curve(tuple(mechanisms))
     flat = a.reshape(-1, 1)
-    lines = np.maximum(1 - deltas - np.exp(epsilons) * flat, np.exp(-epsilons) * (1 - deltas - flat))
+    rise = np.exp(np.minimum(epsilons, MAX_EXPONENT))
+    lines = np.maximum(1 - deltas - rise * flat, np.exp(-epsilons) * (1 - deltas - flat))
     return np.asarray(np.maximum(0.0, lines.max(axis=1)).reshape(a.shape))
 
 
@@ -50,7 +51,7 @@ def claim_tpr_bound(epsilon: float, delta: float, fpr: npt.ArrayLike) -> _Array:
     """Return the weaker bound from the bare (epsilon, delta), by the two lines that one such pair gives."""
     a = np.asarray(fpr, dtype=np.float64)
     upper = 1 - math.exp(-epsilon) * (1 - delta - a)
-    return np.asarray(np.minimum(np.minimum(1.0, upper), delta + math.exp(min(epsilon, 700.0)) * a))
+    return np.asarray(np.minimum(np.minimum(1.0, upper), delta + math.exp(min(epsilon, MAX_EXPONENT)) * a))
 
 
 def advantage(mechanisms: Sequence[Mechanism]) -> float:

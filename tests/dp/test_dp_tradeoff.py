@@ -94,6 +94,12 @@ def test_no_noise_bounds_nothing_and_no_release_tells_nothing() -> None:
     assert gdp_mu([]) == 0.0
 
 
+def test_an_epsilon_beyond_the_range_of_exp_bounds_nothing() -> None:
+    hardly = [Mechanism("m", 0.024)]  # epsilon about 1046 at delta 1e-5
+    np.testing.assert_allclose(tpr_bound(hardly, [0.0, 1e-3, 0.5]), 1.0, atol=1e-4)
+    assert "at most 1000 of 1,000" in " ".join(plain_words(1046.0, 1e-5, hardly))
+
+
 def test_shapes_and_range_of_the_rates() -> None:
     assert tpr_bound(gaussian(1.0), 0.5).shape == ()
     assert tpr_bound(gaussian(1.0), np.full((2, 3), 0.5)).shape == (2, 3)
