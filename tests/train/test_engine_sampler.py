@@ -13,6 +13,7 @@ import torch
 from engine_oracle import check, clipped_sum, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.networks.nets import AutoencoderKL
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 
@@ -179,6 +180,28 @@ def test_where_opacus_hooks_go_wrong_channels_last(strategy: str | None) -> None
     torch.manual_seed(0)
     check(ChannelsLast(), (images(4).contiguous(memory_format=torch.channels_last),), (1, 3), 0.1, strategy)
     check(ChannelsLast().to(memory_format=torch.channels_last), (images(4),), (2, 2), 0.1, strategy)
+
+
+class Attention(nn.Module):
+    """MONAI's AutoencoderKL with attention, on which Opacus's hooks are silently wrong."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        levels: Any = {"channels": (4, 8), "num_res_blocks": (1, 1), "attention_levels": (False, True)}
+        self.net = AutoencoderKL(dims, 1, 1, latent_channels=2, norm_num_groups=2, **levels)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        mean, sigma = self.net.encode(x)
+        return (self.net.decode(mean + sigma * noise) - x).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("strategy", [None, "loop", "unfold", "ghost"])
+def test_attention_of_monai(dims: int, strategy: str | None) -> None:
+    torch.manual_seed(0)
+    scans = 4 if dims == 2 else 3
+    inputs = torch.randn(scans, 1, *(8,) * dims), torch.randn(scans, 2, *(4,) * dims)
+    check(Attention(dims), inputs, (scans - 3, 2, 1) if scans > 3 else (2, 1), 0.1, strategy)
 
 
 class Scaled(Net):
