@@ -16,7 +16,6 @@ from medvae.errors import ConfigError, RunError
 from medvae.types import Progress
 
 if TYPE_CHECKING:
-    from medvae.dp.ledger import Ledger
     from medvae.types import ImageSpace
 
 Result = dict[str, Any]
@@ -108,7 +107,6 @@ def train(
     Raises BudgetExceeded where the cohort's ledger has no room for it, and RunError for an `out` in use.
     """
     from medvae import tracking
-    from medvae.dp.delta import default_delta
     from medvae.train.run import train as fit
 
     stage = stage or _silent
@@ -118,8 +116,7 @@ def train(
     if cohort is None:
         cohort = _embedded_cohort(out, stage)
     if budget is not None:
-        patients = _training_patients(cohort)
-        _ledger_of(cohort).set_budget(budget, config.dp_delta or default_delta(patients))
+        _set_budget(cohort, budget, config.dp_delta)
     with tracking.run("train", config.model_dump(), private=True) as track:
 
         def on_step(step: int, numbers: Mapping[str, float]) -> None:
@@ -204,12 +201,13 @@ def ledger(cohort: Path, *, budget: float | None = None, delta: float | None = N
     from medvae import tracking
     from medvae.dp.accounting import pld_epsilon
     from medvae.dp.delta import default_delta
+    from medvae.dp.ledger import open_ledger
 
     fallback = default_delta(_training_patients(cohort))
     with tracking.run("ledger", {"budget": budget}, private=True) as track:
-        book = _ledger_of(cohort)
         if budget is not None:
-            book.set_budget(budget, delta or fallback)
+            _set_budget(cohort, budget, delta)
+        book = open_ledger(cohort)
         limit = book.budget()
         delta = delta or (limit.delta if limit else fallback)
         events = book.events()
@@ -294,6 +292,7 @@ def _embedded_cohort(out: Path, stage: Stage) -> Path:
     """Ingest the phantoms beside the run, once: a resumed run finds its cohort again."""
     from medvae.demo import ingest_config, write_scans
 
+    out = out.resolve()
     scans, cohort = out.with_name(f"{out.name}-phantoms"), out.with_name(f"{out.name}-cohort")
     if not cohort.exists():
         if not scans.exists():
@@ -328,7 +327,12 @@ def _training_patients(cohort: Path) -> int:
     return len(open_cohort(cohort).reveal().patients("train"))
 
 
-def _ledger_of(cohort: Path) -> Ledger:
-    from medvae.dp.ledger import Ledger
+def _set_budget(cohort: Path, budget: float, delta: float | None) -> None:
+    """Set a budget at a delta that keeps to the rule for this cohort: at a large delta a budget is no limit."""
+    from medvae.dp.delta import check_delta, default_delta
+    from medvae.dp.ledger import open_ledger
 
-    return Ledger(cohort / "ledger.db")
+    patients = _training_patients(cohort)
+    delta = delta or default_delta(patients)
+    check_delta(delta, patients)
+    open_ledger(cohort).set_budget(budget, delta)

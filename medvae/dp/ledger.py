@@ -197,6 +197,31 @@ class Ledger:
         return entries
 
 
+def open_ledger(cohort: Path) -> Ledger:
+    """Open the ledger in a cohort folder, made on first use.
+
+    ledger.id beside it remembers which ledger it is, so that a lost one is not taken for a cohort that never spent
+    anything. Raises PrivacyError where the ledger is gone or is another than before.
+    """
+    path, mark = cohort / "ledger.db", cohort / "ledger.id"
+    known = mark.read_text(encoding="utf-8").strip() if mark.exists() else None
+    gone = PrivacyError(
+        "the cohort's privacy ledger is gone or another lies in its place, so what was spent is not known: restore "
+        "ledger.db from a backup"
+    )
+    if known is not None and not path.is_file():
+        raise gone  # opening it would make an empty one
+    ledger = Ledger(path)
+    found = ledger.events()[0].receipt.ledger_id
+    if known is None:
+        partial = mark.with_name(f".{mark.name}.{secrets.token_hex(4)}")
+        partial.write_text(found + "\n", encoding="utf-8")
+        partial.replace(mark)
+    elif known != found:
+        raise gone
+    return ledger
+
+
 def _append(
     rows: Transaction,
     kind: Kind,

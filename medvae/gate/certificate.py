@@ -35,7 +35,10 @@ FLOAT_WORDS = (
     f"The noise is {FLOATING_POINT}, added in float64 before sums are rounded to float32. The proof is for real "
     "numbers: attacks on floating-point rounding are made harder by this and are not excluded by the proof."
 )
-CUMULATIVE_WORDS = "All charged runs on this cohort together, failed ones included."
+CUMULATIVE_WORDS = (
+    "All charged runs in this cohort's ledger together, failed ones included. The same scans ingested a second time "
+    "are another cohort with a ledger of its own, and are not counted here."
+)
 LIMITS = (
     "The numbers bound what anyone can learn about one patient from this release and all other charged runs on the "
     "cohort; they say nothing about what the scans tell of patients in general.",

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from medvae.config import TrainConfig
-from medvae.dp.ledger import Ledger, Receipt
+from medvae.dp.ledger import Ledger, Receipt, open_ledger
 from medvae.errors import BudgetExceeded, ConfigError, RunError
 from medvae.nets.build import build_model, make_card, state_arrays
 from medvae.nets.cvae import ConditionalVAE
@@ -88,7 +88,7 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
-    ledger = Ledger(cohort / "ledger.db")
+    ledger = open_ledger(cohort)
     with _open_run(out, facts, resume=resume) as run:
         receipt = _charge(ledger, run, plan)
         randomness = make_randomness(config.noise_source, config.seed)

@@ -14,7 +14,7 @@ import pytest
 
 import medvae.dp.ledger as ledger_module
 from medvae.dp.accounting import gaussian_noise_for, pld_epsilon
-from medvae.dp.ledger import Budget, Ledger, Receipt
+from medvae.dp.ledger import Budget, Ledger, Receipt, open_ledger
 from medvae.errors import BudgetExceeded, ConfigError, PrivacyError, RunError
 from medvae.types import Mechanism
 
@@ -329,3 +329,17 @@ def test_a_read_only_ledger_can_be_read_and_not_written(path: Path) -> None:
             Ledger(path).reserve("next", gaussian(0.1), DELTA)
     finally:
         path.parent.chmod(0o755)
+
+
+def test_a_lost_ledger_is_not_taken_for_one_that_spent_nothing(tmp_path: Path) -> None:
+    first = open_ledger(tmp_path)
+    first.reserve("a", [Mechanism("m", 1.0)], 1e-5)
+    assert open_ledger(tmp_path).spent(1e-5) == first.spent(1e-5) > 0
+    (tmp_path / "ledger.db").rename(tmp_path / "away.db")
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match="gone"):
+            open_ledger(tmp_path)
+    assert not (tmp_path / "ledger.db").exists()
+    Ledger(tmp_path / "ledger.db")
+    with pytest.raises(PrivacyError, match="another"):
+        open_ledger(tmp_path)
