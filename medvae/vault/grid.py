@@ -9,7 +9,7 @@ from medvae.config import IngestConfig
 from medvae.errors import CohortError, ConfigError
 from medvae.types import Condition, Intensity
 from medvae.vault.preprocess import Grid
-from medvae.vault.scan import Source
+from medvae.vault.scan import MAX_VOXELS, Source
 
 DEFAULT_SHAPES = {2: (64, 64), 3: (32, 32, 32)}
 CT_WINDOW_HU = (-1000.0, 1000.0)
@@ -22,6 +22,8 @@ def choose_grid(src: Source, config: IngestConfig) -> tuple[Grid, list[str]]:
     shape = config.shape or src.shape or DEFAULT_SHAPES[src.dims]
     if len(shape) != src.dims:
         raise ConfigError(f"the scans are {src.dims}D and the shape has {len(shape)} numbers: give {src.dims}")
+    if math.prod(shape) > MAX_VOXELS:
+        raise ConfigError(f"the shape {'x'.join(map(str, shape))} has too many voxels: give at most {MAX_VOXELS:,}")
     if config.shape is None:
         notes.append(f"no shape was given: {'x'.join(map(str, shape))} is used")
     spacing = config.spacing_mm

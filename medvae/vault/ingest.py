@@ -37,6 +37,8 @@ def ingest(source: Path, out: Path, config: IngestConfig, progress: Progress | N
     exist. Messages hold counts and reasons, never a name of a file or a value of a patient.
     """
     check_free(out)
+    if out.resolve().is_relative_to(source.resolve()):
+        raise CohortError("the output folder lies inside the source, where it would be read as scans: give one outside")
     with quiet():
         src = _declared(_read(discover(source), config, progress), config)
         rows = _usable_rows(src, config)

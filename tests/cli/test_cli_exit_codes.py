@@ -15,6 +15,8 @@ import pytest
 from medvae import api
 from medvae.cli import join_numbers, run
 from medvae.errors import BudgetExceeded, CohortError, NotReleasable, VerificationFailed
+from medvae.synth.phantom import make_phantom
+from medvae.synth.phantom_write import write_phantom
 
 SECRET = "DOE-JANE-19700101"
 
@@ -94,6 +96,38 @@ def test_with_json_an_error_is_one_object(argv: list[str], capsys: pytest.Captur
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["exit_code"] == code == 2
     assert error["message"]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scans") / "source"
+    write_phantom(make_phantom(2, 12, 0, size=16, scans=(1, 1)), folder, "png")
+    return folder
+
+
+def test_an_output_inside_the_source_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(source.rglob("*"))
+    assert run(["ingest", str(source), "-o", str(source / "cohort"), "--shape", "16", "16", "-q"]) == 2
+    assert "inside the source" in capsys.readouterr().err
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_shape_beyond_memory_is_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ingest", str(source), "-o", "cohort", "--shape", "100000", "100000", "-q"]) == 2
+    assert "too many voxels" in capsys.readouterr().err
+    assert not Path("cohort").exists()
+
+
+@pytest.mark.parametrize("command", [["ledger"], ["train", "--dp-epsilon", "8", "-o", "run"]], ids=lambda c: c[0])
+def test_a_budget_at_a_delta_of_no_worth_is_refused_and_not_written(
+    command: list[str], source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["ingest", str(source), "-o", "cohort", "--shape", "16", "16", "-q"]) == 0
+    assert run([*command, "cohort", "--budget", "10", "--dp-delta", "0.5", "-q"]) == 2
+    assert "1/patients" in capsys.readouterr().err
+    assert run(["ledger", "cohort", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["budget"] is None
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(
