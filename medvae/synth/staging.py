@@ -16,6 +16,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     Raises RunError where `target` already holds something.
     """
+    target = target.resolve()  # "." has no name to put a sibling beside
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunError(f"the output folder {target.name!r} is not empty: choose a new one")
     partial = target.with_name(f".{target.name}.partial")
