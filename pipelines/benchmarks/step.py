@@ -26,13 +26,7 @@ import torch
 from medvae.config import Recipe
 from medvae.dp.noise import os_noise
 from medvae.nets.build import build_model
-from medvae.train.gradient import (
-    FunctorchSampler,
-    GradSampler,
-    PlainSampler,
-    max_scans_per_micro_batch,
-)
-from medvae.train.loop import made_up_scans, train_dpsgd
+from medvae.train.loop import make_engine, train_dpsgd
 from medvae.train.optimizer import PatientDPOptimizer, inner_optimizer
 from medvae.train.randomness import make_randomness
 from medvae.train.rule import resolve
@@ -96,17 +90,13 @@ def step_times(
     x = generator.random((count, space.channels, *shape), dtype=np.float32)
     batch = Batch(x, np.eye(2, dtype=np.float32)[np.arange(count) % 2], np.repeat(np.arange(16), scans))
     latent = torch.randn(count, recipe.model.latent_dim)
-    probe = made_up_scans(space, recipe.model.latent_dim)
     source = os_noise()
     optimizers = {}
     for name in ("plain", "private"):
-        model = build_model(space, recipe)
-        limit = max_scans_per_micro_batch(model, *probe)
-        engine: GradSampler = (
-            PlainSampler(model, max_scans=limit)
-            if name == "plain"
-            else FunctorchSampler(model, max_grad_norm=PLAN["max_grad_norm"], max_scans=limit)
-        )
+        # A plan without privacy gets the plain engine, one with it the product's default.
+        epsilon = float("inf") if name == "plain" else 8.0
+        plan = PrivacyPlan(epsilon, 1e-5, patients, 1.0, PLAN["noise_multiplier"], PLAN["max_grad_norm"], 1, ())
+        engine = make_engine(build_model(space, recipe), plan, recipe.model.latent_dim, space)
         optimizers[name] = PatientDPOptimizer(
             inner_optimizer(engine.parameters, 1e-3),
             engine,
@@ -128,7 +118,6 @@ def step_times(
     return {
         "parameters": parameters,
         "scans": count,
-        "micro_batch": limit,
         "plain_s": plain,
         "private_s": private,
         "ratio": private / plain,
