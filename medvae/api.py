@@ -149,6 +149,7 @@ def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: 
             for side in ("internal", "public"):
                 render_report(_read(folder / side / "audit.json"), folder / side)
         track.findings(result["findings"])
+        track.artifact(out / "internal")  # figures included; this experiment is the team's own
     return result
 
 
@@ -175,6 +176,7 @@ def release(
     with tracking.run("release", config.model_dump(), private=False) as track:
         result: Result = write(run, out, config, report=report, render=render_certificate, progress=progress)
         track.metric("scans", config.count)
+        track.artifact(out / "privacy")
         track.register(run / "model")
     return result
 

@@ -120,7 +120,7 @@ class Tracker:
 
     def artifact(self, path: Path) -> None:
         """Store a file or folder; raises PrivacyError for a file of an internal folder in a run that is not private."""
-        if not self._private and path.parent.name in ("private", "internal"):
+        if not self._private and {"private", "internal"} & {path.name, path.parent.name}:
             raise PrivacyError("an internal file was about to be stored where all may read: track it as private")
         log = "log_artifacts" if path.is_dir() else "log_artifact"
         self._call(lambda run: getattr(self._client, log)(run, str(path)), self._experiment)
