@@ -83,8 +83,9 @@ def test_internal_files_are_refused_in_a_shared_run(store: Path, tmp_path: Path)
     inner = tmp_path / "internal" / "audit.json"
     inner.parent.mkdir()
     inner.write_text("{}")
-    with pytest.raises(PrivacyError, match="internal"), tracking.run("audit", {}, private=False) as t:
-        t.artifact(inner)
+    for path in (inner, inner.parent):
+        with pytest.raises(PrivacyError, match="internal"), tracking.run("audit", {}, private=False) as t:
+            t.artifact(path)
 
 
 def test_planted_identifiers_never_reach_the_store(store: Path, tmp_path: Path, rows: Rows) -> None:
