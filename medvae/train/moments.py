@@ -39,6 +39,8 @@ CLIP_QUANTILE = 0.8
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
+# A contrast counts from this many standard deviations of its noise on.
+CERTAIN = 3.0
 # Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
 CHUNK_VOXELS = 2**23
 
@@ -366,11 +368,11 @@ def mask_contrast(total: Array, noise_sd: float) -> Array:
 
     noise_sd: of the average of an entry and its mirror image.
 
-    Cross terms are shrunk by their noise (positive-part James-Stein), and the masks' own matrix is kept above it: a
-    contrast that the noise could have made is none.
+    Cross terms are shrunk by three times their noise, and the masks' own matrix is kept above it. A contrast of the
+    wrong sign is worse than none: on 103 persons it took a segmentation of real scans from 0.69 to 0.05.
     """
     cross = (total[0, 1:] + total[1:, 0]) / 2
-    cross = cross * np.maximum(1 - noise_sd**2 / np.maximum(cross**2, 1e-30), 0.0)
+    cross = cross * np.maximum(1 - (CERTAIN * noise_sd) ** 2 / np.maximum(cross**2, 1e-30), 0.0)
     within = (total[1:, 1:] + total[1:, 1:].T) / 2
     values, vectors = np.linalg.eigh(within)
     return np.asarray((vectors / np.maximum(values, 2 * noise_sd + 1e-12)) @ vectors.T @ cross)
