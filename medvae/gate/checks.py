@@ -5,6 +5,7 @@ No check reads a scan or a private statistic: the run's public claim, its model 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from medvae.config import Recipe, build
-from medvae.crosscheck import agree
+from medvae.crosscheck import SMALLEST_ERROR, agree
+from medvae.dp import tradeoff
 from medvae.dp.accounting import canonical
 from medvae.dp.delta import check_delta
 from medvae.errors import ConfigError, NotReleasable
@@ -21,6 +23,7 @@ from medvae.schemas import problem
 from medvae.types import SHAREABLE, Mechanism
 
 EPSILON_TOLERANCE = 1e-6  # relative: rounding, and no more
+BOUND_TOLERANCE = 1e-4  # another version of the accountant may place its grid otherwise
 AGREEMENT = 0.01  # relative: how far two accountants may lie apart
 
 
@@ -48,9 +51,15 @@ def check_run(evidence: Evidence) -> list[Check]:
     return _all(evidence, [*checks, _audit] if evidence.audit else checks)
 
 
-def recompute(mechanisms: Sequence[Mechanism], epsilon: float, delta: float) -> Check:
-    """Recompute epsilon by PLD, which must not exceed the claim, and by PRV, which must agree with PLD to 1 %."""
+def recompute(mechanisms: Sequence[Mechanism], claim: Mapping[str, Any]) -> Check:
+    """Recompute epsilon by PLD, which must not exceed the claim, and by PRV, which must agree with PLD to 1 %.
+
+    The figure that the claim gives for PRV must be PRV's.
+    """
+    epsilon, delta, stated = claim["epsilon"], claim["delta"], claim["crosscheck"]["epsilon"]
     pld, prv, agreed = agree(mechanisms, delta, AGREEMENT)
+    if stated is None or not math.isclose(stated, prv, rel_tol=AGREEMENT, abs_tol=2 * SMALLEST_ERROR):
+        return Check("epsilon", False, f"the claim says that PRV gave {stated}, and PRV gives {prv:.6g}")
     detail = f"claimed {epsilon:.6g}, PLD {pld:.6g}, PRV {prv:.6g}, at delta {delta:.3g}"
     return Check("epsilon", agreed and pld <= epsilon * (1 + EPSILON_TOLERANCE), detail)
 
@@ -64,6 +73,18 @@ def headline(claim: Mapping[str, Any], mechanisms: Sequence[Mechanism]) -> Check
     found = [(m.noise_multiplier, m.sample_rate, m.count) for m in mechanisms] + list(canonical(mechanisms))
     words = f"{stated[2]} steps at sample rate {stated[1]:.4g} with noise multiplier {stated[0]:.4g}"
     return Check("headline", stated in found, words)
+
+
+def bounds(claim: Mapping[str, Any], mechanisms: Sequence[Mechanism]) -> Check:
+    """Recompute what the claim says of any attack: the curve, the advantage and mu may not be stated too small."""
+    curve = claim["trade_off"]
+    pairs = [
+        (claim["mu"], tradeoff.gdp_mu(mechanisms)),
+        (claim["advantage"], tradeoff.advantage(mechanisms)),
+        *zip(curve["tpr_at_most"], tradeoff.tpr_bound(mechanisms, curve["fpr"]).tolist(), strict=True),
+    ]
+    ok = all(found <= stated + BOUND_TOLERANCE * max(1.0, stated) for stated, found in pairs)
+    return Check("bounds", ok, f"advantage at most {pairs[1][1]:.4g}, and the curve at {len(curve['fpr'])} rates")
 
 
 def delta_rule(delta: float, patients: int) -> Check:
@@ -113,7 +134,7 @@ def _delta(evidence: Evidence) -> Check:
 
 
 def _accountants(evidence: Evidence) -> Check:
-    return recompute(evidence.mechanisms, evidence.privacy["epsilon"], evidence.privacy["delta"])
+    return recompute(evidence.mechanisms, evidence.privacy)
 
 
 def _headline(evidence: Evidence) -> Check:

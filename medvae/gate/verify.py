@@ -1,8 +1,8 @@
 """A third party's check of a release folder: no private data, no network, no model.
 
 In order: every file against SHA256SUMS, the signature over those sums, the certificate's form, the claim recomputed
-by two accountants, the rule for delta, and the number of images. Every byte of the folder is under the signature or
-has one accepted form, so any changed bit fails.
+by two accountants, the bounds on attacks, the rule for delta, and the number of images. Every byte of the folder is
+under the signature or has one accepted form, so any changed bit fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from medvae.errors import ConfigError, MedvaeError, RunError, VerificationFailed
 from medvae.gate import certificate, manifest, sign
-from medvae.gate.checks import Check, delta_rule, headline, recompute
+from medvae.gate.checks import Check, bounds, delta_rule, headline, recompute
 from medvae.schemas import problem
 from medvae.types import Mechanism
 
@@ -59,6 +59,7 @@ def verify(release: Path, public_key: Path | None = None) -> dict[str, Any]:
         _same_claim(statement, proof),
         headline(proof["claim"], _mechanisms(proof["claim"])),
         _epsilon(proof["claim"]),
+        _bounds(proof["claim"]),
         delta_rule(proof["claim"]["delta"], proof["claim"]["patients"]),
         _count(release, proof["release"], sums),
     ]
@@ -136,9 +137,16 @@ def _mechanisms(claim: Mapping[str, Any]) -> list[Mechanism]:
 
 def _epsilon(claim: Mapping[str, Any]) -> Check:
     try:
-        return recompute(_mechanisms(claim), claim["epsilon"], claim["delta"])
+        return recompute(_mechanisms(claim), claim)
     except MedvaeError as error:
         return Check("epsilon", False, str(error))
+
+
+def _bounds(claim: Mapping[str, Any]) -> Check:
+    try:
+        return bounds(claim, _mechanisms(claim))
+    except (MedvaeError, ValueError) as error:  # ValueError: the curve's two lists differ in length
+        return Check("bounds", False, str(error))
 
 
 def _count(release: Path, made: Mapping[str, Any], sums: Mapping[str, str]) -> Check:

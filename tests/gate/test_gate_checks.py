@@ -82,6 +82,7 @@ def test_altered_mechanisms_that_justify_a_lower_epsilon_do_not_match_the_ledger
         mechanisms=[m.to_json() for m in cheaper],
         noise_multiplier=2.2,
         epsilon=pld_epsilon(cheaper, hand.DELTA),
+        crosscheck={"accountant": "prv", "epsilon": hand.agree_once(cheaper, hand.DELTA).prv},
     )
     refuse(run, "receipt: the ledger charged other mechanisms")
 
@@ -254,5 +255,7 @@ def test_a_folder_that_is_no_report_is_bad_input(run: Path) -> None:
 
 def test_two_accountants_agree_and_a_wrong_claim_does_not_pass() -> None:
     epsilon = pld_epsilon(hand.MECHANISMS, hand.DELTA)
-    assert recompute(hand.MECHANISMS, epsilon, hand.DELTA).ok
-    assert not recompute(hand.MECHANISMS, epsilon - 0.01, hand.DELTA).ok
+    claim = {"epsilon": epsilon, "delta": hand.DELTA, "crosscheck": {"epsilon": epsilon}}
+    assert recompute(hand.MECHANISMS, claim).ok
+    assert not recompute(hand.MECHANISMS, {**claim, "epsilon": epsilon - 0.01}).ok
+    assert not recompute(hand.MECHANISMS, {**claim, "crosscheck": {"epsilon": 0.9 * epsilon}}).ok

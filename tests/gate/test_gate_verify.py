@@ -40,7 +40,7 @@ def test_an_untouched_release_passes_and_says_who_signed(base_release: Path) -> 
     result = verify(base_release)
     assert problem("verify", result) is None
     assert [c["name"] for c in result["checks"]] == [
-        "files", "signature", "statement", "certificate", "claim", "headline", "epsilon", "delta", "count",
+        "files", "signature", "statement", "certificate", "claim", "headline", "epsilon", "bounds", "delta", "count",
     ]  # fmt: skip
     assert result["key"]["pinned"] is False
     assert "who signed is not proven" in result["checks"][1]["detail"]
@@ -178,6 +178,11 @@ def test_a_forger_with_an_own_key_passes_only_without_a_pin(released: Path, base
         (lambda p: p["claim"]["mechanisms"][1]["event"].update(count=21), "headline"),
         (lambda p: p["claim"]["mechanisms"][0]["event"].update(noise_multiplier=1.0), "epsilon"),
         (lambda p: p["claim"]["mechanisms"][0]["event"].update(noise_multiplier=0), "epsilon"),
+        (lambda p: p["claim"]["crosscheck"].update(epsilon=1.0), "epsilon"),
+        (lambda p: p["claim"].update(advantage=0.01), "bounds"),
+        (lambda p: p["claim"].update(mu=0.1), "bounds"),
+        (lambda p: p["claim"]["trade_off"]["tpr_at_most"].__setitem__(2, 0.001), "bounds"),
+        (lambda p: p["claim"]["trade_off"]["fpr"].pop(), "bounds"),
         (lambda p: p["claim"].update(patients=10**6), "delta"),
         (lambda p: p["claim"].update(unit="scan"), "certificate"),
         (lambda p: p["claim"].update(noise_source="seeded"), "certificate"),
