@@ -215,8 +215,11 @@ def open_ledger(cohort: Path) -> Ledger:
     found = ledger.events()[0].receipt.ledger_id
     if known is None:
         partial = mark.with_name(f".{mark.name}.{secrets.token_hex(4)}")
-        partial.write_text(found + "\n", encoding="utf-8")
-        partial.replace(mark)
+        try:
+            partial.write_text(found + "\n", encoding="utf-8")
+            partial.replace(mark)
+        finally:
+            partial.unlink(missing_ok=True)
     elif known != found:
         raise gone
     return ledger
