@@ -93,6 +93,7 @@ def ingest(
     ] = None,
     shape: Annotated[str | None, typer.Option(metavar="N N [N]", help="Voxels: 32 48 32, or 32x48x32.")] = None,
     spacing_mm: Annotated[str | None, typer.Option(metavar="MM MM [MM]", help="Voxel size in mm.")] = None,
+    modality: Annotated[str | None, typer.Option(metavar="MR|CT|...", help="Where the files do not say.")] = None,
     intensity: Annotated[str | None, typer.Option(metavar="WAY", help="auto, window or percentile.")] = None,
     intensity_low: Annotated[
         float | None, typer.Option(metavar="VALUE", help="Lower end: raw units, or percentile.")
@@ -126,6 +127,7 @@ def ingest(
             spacing_mm=_numbers(spacing_mm, "--spacing-mm"),
             labels=labels,
             conditions=condition,
+            modality=modality,
             intensity=intensity,
             intensity_low=intensity_low,
             intensity_high=intensity_high,
