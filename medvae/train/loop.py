@@ -92,9 +92,7 @@ def train_dpsgd(
             average_weights(average, model, step, config.average_decay)
 
             line = _summary(stats.reveal())
-            log.write(
-                json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in line.items()}}) + "\n"
-            )
+            log.write(_json_line({"step": step, **line}))
             log.flush()
             if on_step is not None:
                 on_step(step, line)

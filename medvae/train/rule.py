@@ -1,6 +1,6 @@
 """The rule that fills what a recipe leaves open, from public numbers only: patients, image space, class count.
 
-Nothing here looks at a scan. The rule was fitted on phantoms and public digits; docs/quality.md has its evidence.
+Nothing here looks at a scan. Its constants were set on phantoms, with hippocampus as a second look: docs/quality.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from medvae.config import DpSgdConfig, ModelConfig, MomentsConfig, Recipe
 from medvae.errors import ConfigError
 from medvae.types import ImageSpace
 
-# DP-SGD on fewer patients learned noise only, in our trials (docs/quality.md): a stage that does not lift is off.
+# On fewer patients the noise is longer than any signal (planning.cohort_warnings); docs/quality.md has one comparison.
 DPSGD_FROM = 500
 # At SMALL patients the closed form gets nearly all of the budget; from LARGE on both get half.
 SMALL, LARGE = 100, 10_000
