@@ -27,7 +27,8 @@ from torch import Tensor
 
 from medvae.dp.noise import NoiseSource
 from medvae.nets.linear import SHELLS, LinearPart, design, design_norm, design_width, shells
-from medvae.types import Batch, Condition, ImageSpace, Progress, condition_width
+from medvae.train.denoise import contrast_operator, mask_contrast, principal_directions, shrink, tame_spectra
+from medvae.types import Batch, ImageSpace, Progress
 
 Array = npt.NDArray[np.float64]
 
@@ -39,8 +40,6 @@ CLIP_QUANTILE = 0.8
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
-# A contrast counts from this many standard deviations of its noise on.
-CERTAIN = 3.0
 # Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
 CHUNK_VOXELS = 2**23
 
@@ -128,59 +127,6 @@ def radius_of(histogram: Array, size: int) -> float:
     cumulative = np.cumsum(np.maximum(histogram, 0.0))
     bucket = int(np.searchsorted(cumulative, CLIP_QUANTILE * cumulative[-1])) if cumulative[-1] > 0 else 0
     return float(RMS_EDGES[min(bucket, len(RMS_EDGES) - 1)] * size**0.5)
-
-
-def _shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
-    """Shrink rows (H, C, *k) towards zero, band by band, by the positive-part James-Stein factor.
-
-    noise_sd: (H,), the known noise of one coefficient of each row. Post-processing.
-    """
-    out = rows.copy()
-    for band in np.unique(shell):
-        inside = shell == band
-        energy = np.square(rows[:, :, inside]).sum(-1)
-        expected = np.square(noise_sd)[:, None] * inside.sum()
-        factor = np.clip(1 - expected / np.maximum(energy, 1e-30), 0, 1)
-        out[:, :, inside] *= factor[:, :, None]
-    return out
-
-
-def contrast_operator(gram: Array, gram_noise_sd: float, conditions: tuple[Condition, ...]) -> Array:
-    """Return the operator (H, H) from sums T = sum h phi' to the rows of m(c) that differ between conditions.
-
-    Least squares G^-1 T with G = sum h h'; of each class block its count-weighted mean is taken away, and the
-    intercept row is zero: the overall mean comes from a release of its own. Post-processing.
-    """
-    width = len(gram)
-    gram = (gram + gram.T) / 2
-    floor = max(1.0, 2 * gram_noise_sd * width**0.5)
-    values, vectors = np.linalg.eigh(gram)
-    inverse = (vectors / np.maximum(values, floor)) @ vectors.T
-    weights = np.maximum(np.diag(gram), floor)
-    contrast = np.eye(width)
-    start = design_width(conditions) - condition_width(conditions)
-    contrast[:start] = 0.0
-    for c in conditions:
-        if c.kind == "class":
-            block = slice(start, start + c.width)
-            contrast[block, block] -= weights[block] / weights[block].sum()
-        start += c.width
-    return np.asarray(contrast @ inverse)
-
-
-def principal_directions(second: Array, noise_sd: float, count: int) -> Array:
-    """Return up to `count` directions (count, D), scaled by their standard deviation, from a noisy covariance.
-
-    Eigenvalues below the edge of the noise (2 sigma sqrt(D) for a symmetric Gaussian matrix) are noise and dropped;
-    the others are shrunk by what the noise is expected to add. Post-processing.
-    """
-    values, vectors = np.linalg.eigh((second + second.T) / 2)
-    edge = noise_sd * len(second) ** 0.5
-    order = np.argsort(values)[::-1][:count]
-    # An eigenvalue l above the edge appears at l + edge^2 / l (Benaych-Georges & Nadakuditi 2011): invert that.
-    seen = np.maximum(values[order], 0.0)
-    kept = np.where(seen > 2 * edge, (seen + np.sqrt(np.maximum(seen**2 - 4 * edge**2, 0.0))) / 2, 0.0)
-    return np.asarray((vectors[:, order] * np.sqrt(kept)).T)
 
 
 @dataclass(frozen=True)
@@ -280,7 +226,7 @@ def _centre(fit: _Fit) -> None:
     released = fit.release("centre", lambda b: clip_rows(fit.residual(b)[fit.coarse].flatten(1), fit.radius))
     scale = fit.radius / fit.count
     noise_sd = np.asarray([fit.noise_multipliers["centre"] * scale])
-    fit.add_overall(_shrink(released.reshape(shape) * scale, noise_sd, fit.shell[fit.coarse[2:]])[0])
+    fit.add_overall(shrink(released.reshape(shape) * scale, noise_sd, fit.shell[fit.coarse[2:]])[0])
 
 
 def _residual_norms(fit: _Fit) -> None:
@@ -314,9 +260,9 @@ def _means(fit: _Fit) -> None:
     operator = contrast_operator(gram.reshape(width, width) / COUNT_WEIGHT, gram_noise, conditions)
     scale = fit.radius / CONTRAST_WEIGHT
     contrasts = np.tensordot(operator, by_condition.reshape(width, *shape) * scale, axes=1)
-    contrasts = _shrink(contrasts, sigma * scale * np.linalg.norm(operator, axis=1), shell)
+    contrasts = shrink(contrasts, sigma * scale * np.linalg.norm(operator, axis=1), shell)
     scale = fit.radius / overall_weight / fit.count
-    fit.add_overall(_shrink(overall.reshape(1, *shape) * scale, np.asarray([sigma * scale]), shell)[0])
+    fit.add_overall(shrink(overall.reshape(1, *shape) * scale, np.asarray([sigma * scale]), shell)[0])
     fit.part.mean_map += torch.as_tensor(contrasts, dtype=torch.float32)
 
 
@@ -361,43 +307,3 @@ def _second(fit: _Fit) -> None:
     part.contrast.copy_(
         torch.as_tensor(mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5), dtype=torch.float32)
     )
-
-
-def mask_contrast(total: Array, noise_sd: float) -> Array:
-    """Return the slope (M,) of the image on its masks from their noisy total covariance (C, C). Post-processing.
-
-    noise_sd: of the average of an entry and its mirror image.
-
-    Cross terms are shrunk by three times their noise, and the masks' own matrix is kept above it. A contrast of the
-    wrong sign is worse than none: it undoes a segmentation trained on the samples.
-    """
-    cross = (total[0, 1:] + total[1:, 0]) / 2
-    cross = cross * np.maximum(1 - (CERTAIN * noise_sd) ** 2 / np.maximum(cross**2, 1e-30), 0.0)
-    within = (total[1:, 1:] + total[1:, 1:].T) / 2
-    values, vectors = np.linalg.eigh(within)
-    return np.asarray((vectors / np.maximum(values, 2 * noise_sd + 1e-12)) @ vectors.T @ cross)
-
-
-def tame_spectra(spectra: Array, noise_sd: Array) -> Array:
-    """Return covariances by shell that could be an image's, near the noisy (S, C, C). Post-processing.
-
-    Power falls with frequency, in each channel: isotonic regression, weighted by the known noise (S,), which pools the
-    few coefficients of low shells with their neighbours. Cross terms are kept below the powers, and the whole is made
-    positive semi-definite.
-    """
-    from sklearn.isotonic import IsotonicRegression
-
-    symmetric = (spectra + spectra.transpose(0, 2, 1)) / 2
-    order, weight = np.arange(len(spectra)), 1 / np.maximum(noise_sd, 1e-12) ** 2
-    power = np.stack(
-        [
-            IsotonicRegression(y_min=0.0, increasing=False).fit_transform(order, column, sample_weight=weight)
-            for column in np.einsum("scc->cs", symmetric)
-        ],
-        axis=1,
-    )
-    bound = 0.95 * np.sqrt(power[:, :, None] * power[:, None, :])
-    tamed = np.clip(symmetric, -bound, bound)
-    np.einsum("scc->sc", tamed)[...] = power
-    values, vectors = np.linalg.eigh(tamed)
-    return np.asarray(np.einsum("sij,sj,skj->sik", vectors, np.maximum(values, 0.0), vectors))
