@@ -53,6 +53,7 @@ def plan(
     Raises ConfigError for a delta at or above 1/patients, or for neither a cohort nor a number of patients.
     """
     from medvae import tracking
+    from medvae.dp.goal import goal_of
     from medvae.dp.tradeoff import plain_words
     from medvae.train.planning import make_plan
     from medvae.train.probe import step_cost
@@ -75,6 +76,7 @@ def plan(
         "epsilon": chosen.epsilon if chosen.private else None,
         "delta": chosen.delta,
         **CLAIM,
+        "asked": goal_of(config).to_json(),
         "patients": chosen.patients,
         "shape": list(space.spatial_shape),
         "sample_rate": chosen.sample_rate,
@@ -204,6 +206,7 @@ def ledger(cohort: Path, *, budget: float | None = None, delta: float | None = N
     from medvae.dp.accounting import pld_epsilon
     from medvae.dp.delta import default_delta
     from medvae.dp.ledger import open_ledger
+    from medvae.dp.tradeoff import in_short
 
     fallback = default_delta(_training_patients(cohort))
     with tracking.run("ledger", {"budget": budget}, private=True) as track:
@@ -218,7 +221,8 @@ def ledger(cohort: Path, *, budget: float | None = None, delta: float | None = N
             {
                 "run_id": event.run_id,
                 "utc": event.utc,
-                "epsilon": pld_epsilon(event.mechanisms, delta) if event.private else None,
+                "epsilon": (cost := pld_epsilon(event.mechanisms, delta) if event.private else None),
+                "words": in_short(cost, event.mechanisms),
                 "ended": event.run_id in ended,
                 "note": event.note,
             }
@@ -226,6 +230,7 @@ def ledger(cohort: Path, *, budget: float | None = None, delta: float | None = N
             if event.kind == "reserve"
         ]
         spent = book.spent(delta)
+        charged = [m for event in events if event.kind == "reserve" and event.private for m in event.mechanisms]
         track.metric("spent", spent)
     return {
         "spent": spent,
@@ -233,6 +238,7 @@ def ledger(cohort: Path, *, budget: float | None = None, delta: float | None = N
         "remaining": book.remaining(),
         "delta": delta,
         **CLAIM,
+        "words": in_short(spent, charged),
         "runs": runs,
     }
 
@@ -272,14 +278,18 @@ def demo(out: Path | None = None, *, stage: Stage | None = None) -> Result:
     }
 
 
-def _ladder(patients: int, space: ImageSpace, config: TrainConfig) -> list[dict[str, float]]:
+def _ladder(patients: int, space: ImageSpace, config: TrainConfig) -> list[dict[str, Any]]:
     """Plan the same run at other epsilons."""
+    from medvae.dp.tradeoff import in_short
     from medvae.train.planning import make_plan
+
+    open_goal = {"max_advantage": None, "max_reid_risk": None, "baseline": None}
 
     rows = []
     for epsilon in LADDER:
-        asked = make_plan(patients, space, config.model_copy(update={"dp_epsilon": epsilon})).privacy
-        rows.append({"asked": epsilon, "epsilon": asked.epsilon, "noise_multiplier": asked.noise_multiplier})
+        asked = make_plan(patients, space, config.model_copy(update={**open_goal, "dp_epsilon": epsilon})).privacy
+        noise, words = asked.noise_multiplier, in_short(asked.epsilon, asked.mechanisms)
+        rows.append({"asked": epsilon, "epsilon": asked.epsilon, "noise_multiplier": noise, "words": words})
     return rows
 
 

@@ -34,7 +34,19 @@ app = typer.Typer(
 Json = Annotated[bool | None, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
 Quiet = Annotated[bool | None, typer.Option("--quiet", "-q", help="No progress and no notes.")]
 Epsilon = Annotated[
-    float, typer.Option("--dp-epsilon", metavar="EPSILON", help="Privacy budget of the run; 'inf' for a comparison.")
+    float | None,
+    typer.Option("--dp-epsilon", metavar="EPSILON", help="Privacy budget of the run; 'inf' for a comparison."),
+]
+Advantage = Annotated[
+    float | None,
+    typer.Option(metavar="A", help="Instead of epsilon: the largest TPR - FPR of any membership attack."),
+]
+Risk = Annotated[
+    float | None,
+    typer.Option(metavar="R", help="Instead of epsilon: how often any attacker may be right about a patient."),
+]
+Baseline = Annotated[
+    float | None, typer.Option(metavar="K", help="With --max-reid-risk: how often a blind guess is right anyway.")
 ]
 Delta = Annotated[
     float | None, typer.Option("--dp-delta", metavar="DELTA", help="Default: min(1e-5, 1/(n ln n)) for n patients.")
@@ -142,12 +154,15 @@ def ingest(
 
 @app.command(options_metavar=OPTIONS)
 def plan(
-    epsilon: Epsilon,
+    epsilon: Epsilon = None,
     cohort: Annotated[Path | None, typer.Argument(metavar="COHORT", help="An ingested cohort.")] = None,
     patients: Annotated[
         int | None, typer.Option(metavar="N", help="Instead of a cohort: the number of training patients.")
     ] = None,
     shape: Annotated[str | None, typer.Option(metavar="N N [N]", help="With --patients: the voxels of a scan.")] = None,
+    max_advantage: Advantage = None,
+    max_reid_risk: Risk = None,
+    baseline: Baseline = None,
     delta: Delta = None,
     pipeline: Pipeline = None,
     as_json: Json = None,
@@ -156,23 +171,36 @@ def plan(
     """Show what a run would cost and promise, before it reads a scan: noise, steps, warnings, bounds on attacks.
 
     Example: `medvae plan --patients 500 --dp-epsilon 8`
+
+    Or from a risk to its epsilon: `medvae plan --patients 500 --max-reid-risk 0.09 --baseline 0.01`
     """
     from medvae import api, words
     from medvae.config import IngestConfig, TrainConfig, build
 
     with Console(as_json, quiet) as out:
-        config = build(TrainConfig, dp_epsilon=epsilon, dp_delta=delta, recipe=_recipe(pipeline))
+        config = build(
+            TrainConfig,
+            dp_epsilon=epsilon,
+            max_advantage=max_advantage,
+            max_reid_risk=max_reid_risk,
+            baseline=baseline,
+            dp_delta=delta,
+            recipe=_recipe(pipeline),
+        )
         result = api.plan(cohort, config, patients=patients, shape=build(IngestConfig, shape=_numbers(shape)).shape)
         out.result(result, words.plan(result))
 
 
 @app.command(options_metavar=OPTIONS)
 def train(
-    epsilon: Epsilon,
+    epsilon: Epsilon = None,
     cohort: Annotated[
         Path | None, typer.Argument(metavar="COHORT", help="An ingested cohort; without one, embedded phantoms.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")] = None,
+    max_advantage: Advantage = None,
+    max_reid_risk: Risk = None,
+    baseline: Baseline = None,
     delta: Delta = None,
     pipeline: Pipeline = None,
     resume: Resume = None,
@@ -188,6 +216,8 @@ def train(
     """Train a generator of synthetic scans under patient-level differential privacy.
 
     Example: `medvae train cohort --dp-epsilon 8 -o run`
+
+    Instead of epsilon, the risk that is acceptable: `medvae train cohort --max-advantage 0.2 -o run`
     """
     from medvae import api, words
     from medvae.config import TrainConfig, build
@@ -196,6 +226,9 @@ def train(
         config = build(
             TrainConfig,
             dp_epsilon=epsilon,
+            max_advantage=max_advantage,
+            max_reid_risk=max_reid_risk,
+            baseline=baseline,
             dp_delta=delta,
             recipe=_recipe(pipeline),
             seed=seed,

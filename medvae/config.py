@@ -99,9 +99,16 @@ class Recipe(Frozen):
 
 
 class TrainConfig(Frozen):
-    """One training run."""
+    """One training run. Its privacy is asked for in exactly one way.
 
-    dp_epsilon: float
+    dp_epsilon: the budget; max_advantage: the largest TPR - FPR of any membership attack; max_reid_risk: the largest
+    success of any attacker who would be right with probability `baseline` without the release.
+    """
+
+    dp_epsilon: float | None = None
+    max_advantage: Probability | None = None
+    max_reid_risk: Probability | None = None
+    baseline: Probability | None = None
     dp_delta: Probability | None = None
     recipe: Recipe = Recipe()
     seed: int = 0
@@ -111,10 +118,31 @@ class TrainConfig(Frozen):
 
     @field_validator("dp_epsilon")
     @classmethod
-    def _epsilon(cls, value: float) -> float:
-        if math.isnan(value) or value <= 0:
+    def _epsilon(cls, value: float | None) -> float | None:
+        if value is not None and (math.isnan(value) or value <= 0):
             raise ValueError("epsilon must be above zero (or 'inf' to train without privacy, for comparison)")
         return value
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> TrainConfig:
+        given = [v for v in (self.dp_epsilon, self.max_advantage, self.max_reid_risk) if v is not None]
+        if len(given) != 1:
+            told = f"{len(given)} privacy goals are given" if given else "no privacy goal is given"
+            raise ValueError(
+                f"{told}: give exactly one of --dp-epsilon, --max-advantage and "
+                "--max-reid-risk (with --baseline)"
+            )
+        if (self.max_reid_risk is None) != (self.baseline is None):
+            raise ValueError(
+                "--max-reid-risk and --baseline go together: the baseline is how often the attacker's best guess is "
+                "right without the release"
+            )
+        if self.max_reid_risk is not None and self.baseline is not None and self.baseline >= self.max_reid_risk:
+            raise ValueError(
+                f"the largest risk {self.max_reid_risk:g} is not above the baseline {self.baseline:g}, which needs no "
+                "release: give a larger risk or a smaller baseline"
+            )
+        return self
 
 
 class AuditConfig(Frozen):
@@ -144,6 +172,8 @@ def explain(error: ValidationError) -> ConfigError:
     if first["type"] == "extra_forbidden":
         return ConfigError(f"unknown config key {where!r}: remove it or see `medvae train --help`")
     message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return ConfigError(message)
     return ConfigError(f"{where}: {message} (given: {str(first['input'])[:80]!r})")
 
 

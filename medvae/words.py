@@ -54,6 +54,7 @@ def plan(result: Result) -> list[str]:
     """The plan, a table of epsilons, cost, bounds in words, warnings."""
     lines = [
         f"{result['patients']} training patients; no scan was read and nothing is charged",
+        *_asked(result),
         claim(result),
         f"steps {result['steps']}, sample rate {result['sample_rate']:.4g}, noise multiplier "
         f"{result['noise_multiplier']:.4g}, clipping norm {result['max_grad_norm']:g}, "
@@ -67,14 +68,15 @@ def plan(result: Result) -> list[str]:
         )
     if result["table"]:
         lines += ["", "noise multiplier by epsilon (delta, unit, neighbours, accountant as above):"]
-        lines += [f"  {row['asked']:>6g}  {row['noise_multiplier']:.3f}" for row in result["table"]]
+        for row in result["table"]:
+            lines += [f"  {row['asked']:>6g}  {row['noise_multiplier']:.3f}", f"          {row['words']}"]
     lines += ["", "what it means:", *_meaning(result)]
     return lines + [f"warning: {line}" for line in result["warnings"]]
 
 
 def train(result: Result) -> list[str]:
     """The claim, what it means, where the run is."""
-    lines = [claim(result), *_meaning(result)]
+    lines = [*_asked(result), claim(result), *_meaning(result)]
     lines += [f"warning: {line}" for line in result.get("warnings", [])]
     run = result["run"]
     following = f"next: medvae audit {run} -o report"
@@ -115,10 +117,12 @@ def ledger(result: Result) -> list[str]:
         cost = "no privacy" if run["epsilon"] is None else f"epsilon {run['epsilon']:.4g}"
         state = "ended" if run["ended"] else "not ended, stays charged"
         lines.append(f"{run['utc']}  {run['run_id']}  {cost}  {state}  {run['note']}".rstrip())
+        lines.append(f"    {run['words']}")
     left = "no budget is set: give one with --budget"
     if result["budget"] is not None:
         left = f"budget {result['budget']:g}, left {result['remaining']:.4g}"
-    return [*lines, f"spent by {len(lines)} runs together: {claim({**result, 'epsilon': result['spent']})}", left]
+    spent = f"spent by {len(result['runs'])} runs together: {claim({**result, 'epsilon': result['spent']})}"
+    return [*lines, spent, f"    {result['words']}", left]
 
 
 def demo(result: Result) -> list[str]:
@@ -126,9 +130,23 @@ def demo(result: Result) -> list[str]:
     return [
         "the cohort is made of phantoms: no real scan is involved",
         claim(result["privacy"]),
+        *_meaning(result["privacy"]),
         f"report:  {result['report']}",
         f"release: {result['release']} (verified: {_yes(result['verified'])})",
     ]
+
+
+def _asked(result: Result) -> list[str]:
+    """Say what was asked for, where it was a risk and the epsilon follows from it."""
+    asked = result.get("asked") or {}
+    if "max_advantage" in asked:
+        return [f"asked: no membership attack with an advantage (TPR - FPR) above {asked['max_advantage']:g}"]
+    if "max_reid_risk" in asked:
+        return [
+            f"asked: a guess that is right {100 * asked['baseline']:.4g} % of the time without the release is right at "
+            f"most {100 * asked['max_reid_risk']:.4g} % of the time with it"
+        ]
+    return []
 
 
 def _meaning(result: Result) -> list[str]:

@@ -22,6 +22,7 @@ COPIED = (
     "unit",
     "neighboring",
     "accountant",
+    "asked",
     "sample_rate",
     "noise_multiplier",
     "max_grad_norm",

@@ -49,15 +49,20 @@ def pld_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:
     return float(delta_curve(mechanisms, np.asarray([epsilon]))[0])
 
 
-def delta_curve(mechanisms: Sequence[Mechanism], epsilons: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return delta(epsilon) for an increasing array of epsilons (K,), the worse of adding and removing; shape (K,)."""
+def delta_curve(
+    mechanisms: Sequence[Mechanism], epsilons: npt.NDArray[np.float64], cells: int = CLAIM_CELLS
+) -> npt.NDArray[np.float64]:
+    """Return delta(epsilon) for an increasing array of epsilons (K,), the worse of adding and removing; shape (K,).
+
+    cells: of the grid, in one rms privacy loss of a step; fewer are faster and err upwards.
+    """
     key = canonical(mechanisms)
     if not key:
         return np.maximum(0.0, -np.expm1(np.asarray(epsilons, dtype=np.float64)))
     if _unnoised(key):
         return np.ones(len(epsilons))
     # Past the range of exp() the accountant answers 0 or no number; delta never rises, so an earlier one holds there.
-    deltas = _accountant(key, CLAIM_CELLS).get_delta(np.minimum(epsilons, MAX_EXPONENT))
+    deltas = _accountant(key, cells).get_delta(np.minimum(epsilons, MAX_EXPONENT))
     return np.clip(np.asarray(deltas, dtype=np.float64), 0.0, 1.0)
 
 
@@ -74,18 +79,35 @@ def calibrate_noise(mechanisms: Callable[[float], Sequence[Mechanism]], epsilon:
     if math.isinf(epsilon):
         return 0.0
 
-    def excess(log_noise: float) -> float:
-        cost = _epsilon(canonical(mechanisms(math.exp(log_noise))), delta, SEARCH_CELLS)
-        return math.log(min(max(cost, 1e-9), 1e9) / epsilon)
+    def cost(charged: Sequence[Mechanism], cells: int) -> float:
+        return _epsilon(canonical(charged), delta, cells)
 
-    low, high = _bracket(excess, epsilon)
+    return smallest_noise(mechanisms, cost, epsilon, f"epsilon {epsilon:g}")
+
+
+def smallest_noise(
+    mechanisms: Callable[[float], Sequence[Mechanism]],
+    cost: Callable[[Sequence[Mechanism], int], float],
+    limit: float,
+    words: str,
+) -> float:
+    """Return the smallest noise multiplier z, to 1e-3, with `cost(mechanisms(z), CLAIM_CELLS) <= limit`.
+
+    cost: of a composition on a grid of so many cells; it falls as z grows, and errs upwards on a coarse grid.
+    words: what is asked for, for the message. Raises ConfigError where no noise is enough or none is needed.
+    """
+
+    def excess(log_noise: float) -> float:
+        return math.log(min(max(cost(mechanisms(math.exp(log_noise)), SEARCH_CELLS), 1e-9), 1e9) / limit)
+
+    low, high = _bracket(excess, words)
     from scipy.optimize import brentq
 
     noise = _round_up(math.exp(brentq(excess, low, high, xtol=1e-4)))
     # The search grid is pessimistic, so its answer is at most slightly too large; walk the last steps on the fine one.
-    while pld_epsilon(mechanisms(noise), delta) > epsilon:
+    while cost(mechanisms(noise), CLAIM_CELLS) > limit:
         noise = _round_up(noise * 1.0005)
-    while pld_epsilon(mechanisms(smaller := _round_up(noise * 0.9993)), delta) <= epsilon:
+    while cost(mechanisms(smaller := _round_up(noise * 0.9993)), CLAIM_CELLS) <= limit:
         noise = smaller
     return noise
 
@@ -251,18 +273,18 @@ def _loss_scale(noise: float, rate: float) -> float:
     return min(small, 1 / noise, math.sqrt(rate) * (exponent / 2 + 1 / noise))
 
 
-def _bracket(excess: Callable[[float], float], epsilon: float) -> tuple[float, float]:
+def _bracket(excess: Callable[[float], float], words: str) -> tuple[float, float]:
     """Return the logs of a noise multiplier that is too small and of one that is enough, a factor of 4 apart."""
     step, low = math.log(4), 0.0
     while excess(low) <= 0:
         low -= step
         if low < -8 * step:
-            raise ConfigError(f"epsilon {epsilon:g} is so large that it asks for no noise: give 'inf' and say so")
+            raise ConfigError(f"{words} is so large that it asks for no noise: give --dp-epsilon inf and say so")
     while excess(low + step) > 0:
         low += step
         if low > 12 * step:
             raise ConfigError(
-                f"no noise is enough for epsilon {epsilon:g}: the other stages already cost as much; lower their shares"
+                f"no noise is enough for {words}: the other stages already cost as much; lower their shares"
             )
     return low, low + step
 

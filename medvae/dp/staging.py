@@ -1,11 +1,11 @@
-"""The one rule for splitting one epsilon over the stages of a recipe."""
+"""The one rule for splitting one privacy goal over the stages of a recipe."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from medvae.dp.accounting import calibrate_noise, gaussian_noise_for
+from medvae.dp.goal import Goal
 from medvae.errors import ConfigError
 from medvae.types import Mechanism
 
@@ -13,15 +13,15 @@ DPSGD = "dpsgd"
 
 
 def plan_stages(
-    epsilon: float,
+    goal: Goal,
     delta: float,
     one_shot: Sequence[tuple[str, float]],
     sgd: tuple[float, int] | None,
 ) -> tuple[Mechanism, ...]:
-    """Return the mechanisms of all stages, whose composition is (epsilon, delta)-DP by PLD and hardly less.
+    """Return the mechanisms of all stages, whose composition keeps the goal by PLD, and hardly more than keeps it.
 
     one_shot: (name, share) of each single Gaussian release over all patients. A share is a part of the precision
-    mu^2 = 1/noise^2 of the one Gaussian that would use up (epsilon, delta), since precisions of Gaussian mechanisms
+    mu^2 = 1/noise^2 of the one Gaussian that would use up the goal, since precisions of Gaussian mechanisms
     add up (Dong, Roth & Su 2022, corollary 3.3): noise_i = 1/(mu sqrt(share_i)). A share of 0 is a stage left out.
     sgd: (sample_rate, steps) of DP-SGD, which gets the noise that PLD finds for all that is left, or None. Without
     DP-SGD the shares are scaled up to use everything. An infinite epsilon gives noise 0 everywhere.
@@ -31,11 +31,11 @@ def plan_stages(
     total = sum(share for _, share in stages)
     _check(stages, total, sgd)
 
-    if math.isinf(epsilon):
+    if math.isinf(goal.limit):
         noise_of_all, noise = 0.0, 0.0
     else:
-        noise_of_all = gaussian_noise_for(epsilon, delta)
-        noise = calibrate_noise(lambda z: _mechanisms(stages, noise_of_all, total, sgd, z), epsilon, delta)
+        noise_of_all = goal.gaussian_noise(delta)
+        noise = goal.calibrate(lambda z: _mechanisms(stages, noise_of_all, total, sgd, z), delta)
     return _mechanisms(stages, noise_of_all, total, sgd, noise)
 
 

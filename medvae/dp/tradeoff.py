@@ -16,7 +16,15 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from medvae.dp.accounting import MAX_EXPONENT, canonical, delta_curve, gaussian_deltas, gaussian_epsilon, pld_epsilon
+from medvae.dp.accounting import (
+    CLAIM_CELLS,
+    MAX_EXPONENT,
+    canonical,
+    delta_curve,
+    gaussian_deltas,
+    gaussian_epsilon,
+    pld_epsilon,
+)
 from medvae.errors import ConfigError
 from medvae.types import Mechanism
 
@@ -30,12 +38,15 @@ BARE_EPSILON = 20.0
 STRONG_EPSILON = 1.0
 
 
-def miss_bound(mechanisms: Sequence[Mechanism], fpr: npt.ArrayLike) -> _Array:
-    """Return f at each rate of false accusations: no attacker misses fewer members. Shapes (...) to (...)."""
+def miss_bound(mechanisms: Sequence[Mechanism], fpr: npt.ArrayLike, cells: int = CLAIM_CELLS) -> _Array:
+    """Return f at each rate of false accusations: no attacker misses fewer members. Shapes (...) to (...).
+
+    cells: of the accountant's grid; fewer are faster and give a weaker bound.
+    """
     a = np.asarray(fpr, dtype=np.float64)
     if not np.all((a >= 0) & (a <= 1)):
         raise ConfigError("a rate of false accusations is out of range: give numbers from 0 to 1")
-    epsilons, deltas = _curve(tuple(mechanisms))
+    epsilons, deltas = _curve(tuple(mechanisms), cells)
     flat = a.reshape(-1, 1)
     rise = np.exp(np.minimum(epsilons, MAX_EXPONENT))
     lines = np.maximum(1 - deltas - rise * flat, np.exp(-epsilons) * (1 - deltas - flat))
@@ -54,18 +65,18 @@ def claim_tpr_bound(epsilon: float, delta: float, fpr: npt.ArrayLike) -> _Array:
     return np.asarray(np.minimum(np.minimum(1.0, upper), delta + math.exp(min(epsilon, MAX_EXPONENT)) * a))
 
 
-def advantage(mechanisms: Sequence[Mechanism]) -> float:
+def advantage(mechanisms: Sequence[Mechanism], cells: int = CLAIM_CELLS) -> float:
     """Return the largest TPR - FPR of any membership attack: delta at epsilon 0, the total variation distance."""
-    return float(delta_curve(mechanisms, np.asarray([0.0]))[0])
+    return float(delta_curve(mechanisms, np.asarray([0.0]), cells)[0])
 
 
-def reid_bound(mechanisms: Sequence[Mechanism], kappa: float) -> float:
+def reid_bound(mechanisms: Sequence[Mechanism], kappa: float, cells: int = CLAIM_CELLS) -> float:
     """Return 1 - f(kappa): the bound on success of reconstruction or attribute inference.
 
     kappa: the attacker's success without the release, by the best guess from what is known anyway (Hayes et al.
     2023, "Bounding Training Data Reconstruction in DP-SGD", for the reduction to a test).
     """
-    return float(tpr_bound(mechanisms, kappa))
+    return 1.0 - float(miss_bound(mechanisms, kappa, cells))
 
 
 def gdp_mu(mechanisms: Sequence[Mechanism]) -> float:
@@ -74,7 +85,7 @@ def gdp_mu(mechanisms: Sequence[Mechanism]) -> float:
     A description of the curve in one number, exact for Gaussian mechanisms. Beyond that tail a subsampled Gaussian
     is no mu-GDP, so bounds are computed from f itself and never from mu. Infinite where a mechanism adds no noise.
     """
-    epsilons, deltas = _curve(tuple(mechanisms))
+    epsilons, deltas = _curve(tuple(mechanisms), CLAIM_CELLS)
     if deltas[0] >= 1:
         return math.inf
     kept = deltas >= GDP_FLOOR
@@ -88,28 +99,47 @@ def gdp_mu(mechanisms: Sequence[Mechanism]) -> float:
     return float(np.exp(high.max()))
 
 
-def epsilon_for_advantage(max_advantage: float, delta: float) -> float:
-    """Return epsilon at `delta` of the Gaussian mechanism whose advantage is 2 Phi(mu/2) - 1 = max_advantage.
-
-    For a plan with DP-SGD this is where to start: check `advantage` of the plan it gives.
-    """
+def noise_for_advantage(max_advantage: float) -> float:
+    """Return the noise multiplier of the Gaussian mechanism whose advantage 2 Phi(mu/2) - 1 is max_advantage."""
     from scipy.special import ndtri
 
     if not 0 < max_advantage < 1:
         raise ConfigError(f"the largest advantage is {max_advantage}: give a number between 0 and 1")
-    return gaussian_epsilon(1 / (2 * float(ndtri((1 + max_advantage) / 2))), delta)
+    return 1 / (2 * float(ndtri((1 + max_advantage) / 2)))
 
 
-def epsilon_for_reid(max_risk: float, baseline: float, delta: float) -> float:
-    """Return epsilon at `delta` of the Gaussian mechanism with 1 - f(baseline) = max_risk.
-
-    For a plan with DP-SGD this is where to start: check `reid_bound` of the plan it gives.
-    """
+def noise_for_reid(max_risk: float, baseline: float) -> float:
+    """Return the noise multiplier of the Gaussian mechanism with 1 - f(baseline) = max_risk."""
     from scipy.special import ndtri
 
     if not 0 < baseline < max_risk < 1:
         raise ConfigError(f"the largest risk is {max_risk} at a baseline of {baseline}: give 0 < baseline < risk < 1")
-    return gaussian_epsilon(1 / float(ndtri(max_risk) - ndtri(baseline)), delta)
+    return 1 / float(ndtri(max_risk) - ndtri(baseline))
+
+
+def epsilon_for_advantage(max_advantage: float, delta: float) -> float:
+    """Return epsilon at `delta` of the Gaussian mechanism whose advantage is max_advantage.
+
+    For a plan with DP-SGD, whose curve has another shape, `dp.goal` calibrates through the mechanisms themselves.
+    """
+    return gaussian_epsilon(noise_for_advantage(max_advantage), delta)
+
+
+def epsilon_for_reid(max_risk: float, baseline: float, delta: float) -> float:
+    """Return epsilon at `delta` of the Gaussian mechanism with 1 - f(baseline) = max_risk; else as above."""
+    return gaussian_epsilon(noise_for_reid(max_risk, baseline), delta)
+
+
+def in_short(epsilon: float | None, mechanisms: Sequence[Mechanism]) -> str:
+    """Return the one line that stands beside an epsilon wherever it is printed; both bounds rounded up."""
+    if epsilon is None or not math.isfinite(epsilon):
+        return "nothing is proven: no noise protects the patients"
+    named = _up(1000 * float(tpr_bound(mechanisms, 1e-3)))
+    right = _up(100 * (1 + advantage(mechanisms)) / 2)
+    return (
+        f"at one wrong accusation in 1,000, at most {named} of 1,000 patients are named rightly; "
+        f"'in or not' is guessed right at most {right} % of the time (a coin: 50 %); {_grade(epsilon)} promise"
+    )
 
 
 def plain_words(epsilon: float, delta: float, mechanisms: Sequence[Mechanism]) -> list[str]:
@@ -135,14 +165,22 @@ def plain_words(epsilon: float, delta: float, mechanisms: Sequence[Mechanism]) -
 
 
 def _strength(epsilon: float) -> str:
-    value = f"{epsilon:.3g}"
+    told = {
+        "hardly a": "promise at all: the proof limits little, and only the attacks tell more.",
+        "a weak": "promise: the proof alone does not exclude that some patients are recognised.",
+        "a moderate": "promise: a patient's presence stays doubtful, but not hidden.",
+        "a strong": "promise: with or without a patient, the release looks nearly the same.",
+    }
+    grade = _grade(epsilon)
+    return f"Epsilon {epsilon:.3g} is {grade} {told[grade]}"
+
+
+def _grade(epsilon: float) -> str:
     if epsilon > BARE_EPSILON:
-        return f"Epsilon {value} is hardly a promise at all: the proof limits little, and only the attacks tell more."
+        return "hardly a"
     if epsilon > WEAK_EPSILON:
-        return f"Epsilon {value} is a weak promise: the proof alone does not exclude that some patients are recognised."
-    if epsilon > STRONG_EPSILON:
-        return f"Epsilon {value} is a moderate promise: a patient's presence stays doubtful, but not hidden."
-    return f"Epsilon {value} is a strong promise: with or without a patient, the release looks nearly the same."
+        return "a weak"
+    return "a moderate" if epsilon > STRONG_EPSILON else "a strong"
 
 
 def _up(value: float) -> str:
@@ -153,7 +191,7 @@ def _up(value: float) -> str:
 
 
 @lru_cache(maxsize=32)
-def _curve(mechanisms: tuple[Mechanism, ...]) -> tuple[_Array, _Array]:
+def _curve(mechanisms: tuple[Mechanism, ...], cells: int) -> tuple[_Array, _Array]:
     """Return epsilons (K,) from 0 to where delta vanishes, and delta at each."""
     key = canonical(mechanisms)
     tails = (pld_epsilon(mechanisms, delta) for delta in TAIL_DELTAS) if key else iter([1.0])
@@ -161,4 +199,4 @@ def _curve(mechanisms: tuple[Mechanism, ...]) -> tuple[_Array, _Array]:
     if end is None:
         return np.zeros(1), np.ones(1)
     epsilons = np.linspace(0.0, max(end, 1e-3), GRID_POINTS)
-    return epsilons, delta_curve(mechanisms, epsilons)
+    return epsilons, delta_curve(mechanisms, epsilons, cells)

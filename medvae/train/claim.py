@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -28,11 +28,12 @@ def privacy_claim(
     receipt: Receipt,
     fingerprint: str,
     warnings: Sequence[str],
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the content of privacy.json.
 
-    fingerprint: keyed, of the cohort. epsilon is None where no noise was added. `releasable` is True only where
-    `reasons`, why it is not, is empty.
+    fingerprint: keyed, of the cohort. asked: the goal of the settings, as `Goal.to_json` gives it. epsilon is None
+    where no noise was added. `releasable` is True only where `reasons`, why it is not, is empty.
     """
     reasons = not_releasable(plan, randomness)
     epsilon = plan.epsilon if plan.private else None
@@ -44,6 +45,7 @@ def privacy_claim(
         "unit": plan.unit,
         "neighboring": plan.neighboring,
         "accountant": plan.accountant,
+        "asked": dict(asked),
         "sample_rate": plan.sample_rate,
         "noise_multiplier": plan.noise_multiplier,
         "max_grad_norm": plan.max_grad_norm,

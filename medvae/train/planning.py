@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from medvae.config import Recipe, TrainConfig
 from medvae.dp.accounting import canonical, pld_epsilon
 from medvae.dp.delta import check_delta, default_delta
+from medvae.dp.goal import goal_of
 from medvae.dp.staging import DPSGD, plan_stages
 from medvae.nets.build import build_model
 from medvae.train.rule import moment_shares, resolve
@@ -20,30 +23,34 @@ FEW_PATIENTS = 200
 class TrainPlan:
     """A resolved recipe, what it charges, and what to expect of it. Public.
 
-    parameters: how many DP-SGD trains; warnings: plain sentences for whoever starts the run.
+    parameters: how many DP-SGD trains; warnings: plain sentences for whoever starts the run; asked: the goal, by the
+    names of the flags.
     """
 
     recipe: Recipe
     privacy: PrivacyPlan
     parameters: int
     warnings: tuple[str, ...]
+    asked: Mapping[str, Any]
 
 
 def make_plan(patients: int, space: ImageSpace, config: TrainConfig) -> TrainPlan:
     """Plan a run on a cohort of `patients` training patients.
 
-    All stages together are (epsilon, delta)-DP with epsilon at most `config.dp_epsilon`, by PLD, unit patient,
-    add/remove. Raises ConfigError for a delta at or above 1/patients and for stages that leave each other nothing.
+    All stages together keep the one goal of the settings (epsilon at delta, advantage, or risk at a baseline), by
+    PLD, unit patient, add/remove. Raises ConfigError for a delta at or above 1/patients and for stages that leave each
+    other nothing.
     """
     delta = default_delta(patients) if config.dp_delta is None else config.dp_delta
     warnings = check_delta(delta, patients)
     recipe = resolve(config.recipe, patients, space)
-    mechanisms = plan_stages(config.dp_epsilon, delta, moment_shares(recipe, patients), _sgd(recipe))
+    goal = goal_of(config)
+    mechanisms = plan_stages(goal, delta, moment_shares(recipe, patients), _sgd(recipe))
     privacy = _privacy_plan(patients, delta, recipe, mechanisms)
     model = build_model(space, recipe)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if recipe.dpsgd.enabled else 0
     warnings += cohort_warnings(privacy, parameters)
-    return TrainPlan(recipe, privacy, parameters, tuple(warnings))
+    return TrainPlan(recipe, privacy, parameters, tuple(warnings), goal.to_json())
 
 
 def cohort_warnings(plan: PrivacyPlan, parameters: int) -> list[str]:

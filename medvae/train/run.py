@@ -178,7 +178,7 @@ def _finish(
     card = make_card(store.space, plan.recipe)
     written = write_release(run.path / "model", ModelRelease(weights=state_arrays(model), card=card))
     _commit(ledger, run.run_id, f"weights {written['weights_sha256']}")
-    claim = privacy_claim(plan.privacy, store.space, randomness, receipt, run.fingerprint, plan.warnings)
+    claim = privacy_claim(plan.privacy, store.space, randomness, receipt, run.fingerprint, plan.warnings, plan.asked)
     write_json(run.path / "privacy.json", claim)
     return claim
 
