@@ -151,14 +151,16 @@ def fit_moments(
     *,
     noise: NoiseSource,
     progress: Progress | None = None,
+    part: type[LinearPart] = LinearPart,
 ) -> LinearPart:
     """Fit the linear part with five Gaussian releases named RELEASES, each with its own noise multiplier.
 
     Guarantee: the composition of those Gaussian mechanisms, by patient, add/remove; each patient adds a vector of
-    norm at most 1 to each sum. `patients` must be the training patients that the plan counted.
+    norm at most 1 to each sum. `patients` must be the training patients that the plan counted. part: how scans
+    become coefficients; another class is for sources that hold coefficients already.
     """
     steps: tuple[Callable[[_Fit], None], ...] = (_norms, _centre, _residual_norms, _means, _second)
-    fit = _Fit(Pass(source, patients), noise_multipliers, shapes, noise)
+    fit = _Fit(Pass(source, patients), noise_multipliers, shapes, noise, part)
     for done, step in enumerate(steps):
         step(fit)
         if progress is not None:
@@ -170,7 +172,12 @@ class _Fit:
     """What the five releases hand on to each other: only noisy sums and what follows from them."""
 
     def __init__(
-        self, scans: Pass, noise_multipliers: Mapping[str, float], shapes: MomentShapes, noise: NoiseSource
+        self,
+        scans: Pass,
+        noise_multipliers: Mapping[str, float],
+        shapes: MomentShapes,
+        noise: NoiseSource,
+        part: type[LinearPart],
     ) -> None:
         space = scans.source.space
         self.scans, self.noise_multipliers, self.shapes, self.noise = scans, noise_multipliers, shapes, noise
@@ -178,8 +185,8 @@ class _Fit:
         self.count = len(scans.patients)
         self.elements = space.channels * int(np.prod(space.spatial_shape))
         self.shell = shells(space.spatial_shape)
-        self.part = LinearPart(space, shapes.basis, shapes.latent_dim)
-        self.full = LinearPart(space, space.spatial_shape, 1)
+        self.part = part(space, shapes.basis, shapes.latent_dim)
+        self.full = part(space, space.spatial_shape, 1)
         self.coarse: tuple[slice, ...] = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
         self.radius = self.full_radius = 0.0
 
