@@ -1,102 +1,62 @@
-"""Utility and fidelity of what a recipe makes, on a real cohort or on phantoms, over several runs with fresh noise.
+"""The leaderboard: what models trained on synthetic scans are worth on real ones, at a given epsilon.
 
-    python pipelines/benchmarks/quality.py phantom2d --epsilon 8 --runs 3
-    python pipelines/benchmarks/quality.py SOURCE --condition size_class --shape 32 48 32 --spacing-mm 1 1 1
+    python pipelines/benchmarks/quality.py --data ../shared/data --rows mnist:8 --out results
+    python pipelines/benchmarks/quality.py --out results --render docs/leaderboard.md
 
-Each run trains anew and is audited by `medvae audit`; the table gives the mean over runs beside the audit's own floor
-(synthetic class means) and ceiling (real data). Held-out patients are the test set, as in every audit.
+A row is ROW:EPSILON, one of mnist, pneumoniamnist, adrenalmnist3d, msd_hippocampus, or the path of any .npz with
+labels. Methods: product, nonprivate (the same recipe without noise), real (the ceiling), closed_form, dp_cvae,
+dp_merf and class_means (the floor). Every cell is written as soon as it is finished; cells that are there are not run
+again, so a stopped command is simply given again. A GPU is used where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import tempfile
-import time
+import sys
 from pathlib import Path
-from typing import Any
 
-from medvae.audit.run import audit
-from medvae.config import AuditConfig, IngestConfig, Recipe, TrainConfig, build, load_recipe
-from medvae.synth.phantom import make_phantom
-from medvae.synth.phantom_write import write_phantom
-from medvae.train.run import train
-from medvae.vault.ingest import ingest
-
-PHANTOMS = {"phantom2d": (2, 64), "phantom3d": (3, 32)}
+import torch
+from leaderboard.cells import Settings, plan_cells, run_cell
+from leaderboard.methods import METHODS
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="phantom2d, phantom3d, or what `medvae ingest` reads")
-    parser.add_argument("--patients", type=int, default=240, help="of phantoms")
-    parser.add_argument("--epsilon", type=float, default=8.0)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--pipeline", type=Path)
-    parser.add_argument("--labels", type=Path)
-    parser.add_argument("--condition", action="append", default=[])
-    parser.add_argument("--shape", type=int, nargs="+")
-    parser.add_argument("--spacing-mm", type=float, nargs="+")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--rows", default="", help="ROW:EPSILON, several with commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="default: all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="cells, and the ingested cohorts beside them")
+    parser.add_argument("--recipe", type=Path, help="pipeline YAML of product and nonprivate, in place of the default")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seeded-noise", action="store_true", help="noise that can be repeated: for tests only")
+    parser.add_argument("--inception-weights", type=Path, help="for FID by torch-fidelity, where it is installed")
+    parser.add_argument("--render", type=Path, help="write the table of all finished cells here")
     return parser.parse_args()
-
-
-def make_cohort(args: argparse.Namespace, folder: Path) -> Path:
-    source, conditions = Path(args.source), tuple(args.condition)
-    if args.source in PHANTOMS:
-        dims, size = PHANTOMS[args.source]
-        source = folder / "source"
-        write_phantom(make_phantom(dims, args.patients, seed=0, size=size), source, "nifti" if dims == 3 else "png")
-        conditions = conditions or ("lesion", "age=20:90")
-        args.shape = args.shape or [size] * dims
-    values = {"labels": args.labels, "conditions": conditions, "shape": args.shape, "spacing_mm": args.spacing_mm}
-    ingest(source, folder / "cohort", build(IngestConfig, **values))
-    return folder / "cohort"
-
-
-def one_run(cohort: Path, folder: Path, seed: int, epsilon: float, recipe: Recipe) -> dict[str, Any]:
-    begun = time.process_time()
-    claim = train(cohort, folder / f"run-{seed}", build(TrainConfig, dp_epsilon=epsilon, recipe=recipe, seed=seed))
-    trained = time.process_time() - begun
-    result = audit(folder / f"run-{seed}", folder / f"report-{seed}", build(AuditConfig, seed=seed))
-    findings = [f for f in result["findings"] if f["group"] != "privacy" and f["value"] is not None]
-    return {"epsilon": claim["epsilon"], "delta": claim["delta"], "train_cpu_s": trained, "findings": findings}
-
-
-def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for finding in runs[0]["findings"]:
-        found = [f for r in runs for f in r["findings"] if f["name"] == finding["name"]]
-        rows.append(
-            {
-                "measure": finding["name"],
-                "values": [f["value"] for f in found],
-                "mean": statistics.fmean(f["value"] for f in found),
-                "floor": finding["baseline"],
-                "ceiling": finding["control"],
-            }
-        )
-    return rows
 
 
 def main() -> None:
     args = arguments()
-    recipe = load_recipe(args.pipeline) if args.pipeline else Recipe()
-    with tempfile.TemporaryDirectory() as name:
-        cohort = make_cohort(args, Path(name))
-        runs = [one_run(cohort, Path(name), seed, args.epsilon, recipe) for seed in range(args.runs)]
-    rows = table(runs)
-    cpu = statistics.median(r["train_cpu_s"] for r in runs)
-    print(f"epsilon {runs[0]['epsilon']:.4g} at delta {runs[0]['delta']:.3g} (patient, add-remove, PLD)")
-    print(f"{args.runs} runs, training {cpu:.0f} CPU s each (median)")
-    print("| measure | mean | runs | floor or real-against-real | ceiling |\n|---|---|---|---|---|")
-    for row in rows:
-        each = ", ".join(f"{v:.3f}" for v in row["values"])
-        floor, ceiling = ("" if row[k] is None else f"{row[k]:.3f}" for k in ("floor", "ceiling"))
-        print(f"| {row['measure']} | {row['mean']:.3f} | {each} | {floor} | {ceiling} |")
-    if args.json:
-        args.json.write_text(json.dumps({"runs": runs, "table": rows}, indent=2) + "\n", encoding="utf-8")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.rows:
+        command = f"python pipelines/benchmarks/quality.py {' '.join(sys.argv[1:])}"
+        settings = Settings(
+            args.data, args.out, args.recipe, args.threads, args.seeded_noise, args.inception_weights, command
+        )
+        seeds = [int(s) for s in args.seeds.split(",")]
+        cells = plan_cells(args.rows.split(","), args.methods.split(","), seeds, args.recipe)
+        todo = [c for c in cells if not (args.out / "cells" / f"{c.name}.json").exists()]
+        print(f"{len(cells) - len(todo)} of {len(cells)} cells are there already", flush=True)
+        for cell in todo:
+            result = run_cell(cell, settings)
+            numbers = {k: v for k, v in (result["scores"] | result["fidelity"]).items() if v is not None}
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            print(f"{cell.name}: {shown}; {result['train_cpu_s']:.0f} CPU s to train", flush=True)
+    if args.render:
+        from leaderboard.render import render
+
+        args.render.write_text(render(args.out), encoding="utf-8")
 
 
 if __name__ == "__main__":

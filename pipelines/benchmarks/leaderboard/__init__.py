@@ -1,0 +1,1 @@
+"""Parts of the quality benchmark: rows, judges, fidelity, methods, cells and the rendered table."""
