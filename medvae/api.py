@@ -16,6 +16,7 @@ from medvae.errors import ConfigError, RunError
 from medvae.types import Progress
 
 if TYPE_CHECKING:
+    from medvae.train.team import Team
     from medvae.types import ImageSpace
 
 Result = dict[str, Any]
@@ -107,12 +108,35 @@ def train(
     Guarantee: the released model is (epsilon, delta)-DP for the unit patient under add/remove neighbours, as
     privacy.json states it. Without a cohort, the embedded phantoms are ingested beside `out` and trained on.
     Raises BudgetExceeded where the cohort's ledger has no room for it, and RunError for an `out` in use.
+
+    Started by `torchrun` in several processes, the first one does all this, the others compute for it; all return
+    the same.
     """
+    from medvae.train.distributed import follow
+    from medvae.train.team import form_team
+
+    out = out or DEFAULT_RUN
+    with form_team(config.device) as team:
+        if not team.leads:
+            return {**follow(team), "run": str(out)}
+        result = _lead(cohort, out, config, resume, budget, stage or _silent, team)
+        team.conclude(result)
+    return {**result, "run": str(out)}
+
+
+def _lead(
+    cohort: Path | None,
+    out: Path,
+    config: TrainConfig,
+    resume: bool,
+    budget: float | None,
+    stage: Stage,
+    team: Team,
+) -> Result:
+    """Train as the first or the only process of a run."""
     from medvae import tracking
     from medvae.train.run import train as fit
 
-    stage = stage or _silent
-    out = out or DEFAULT_RUN
     if not resume:
         _must_be_new(out)
     if cohort is None:
@@ -125,11 +149,11 @@ def train(
             for name, value in numbers.items():
                 track.metric(name, value, step)
 
-        result: Result = fit(cohort, out, config, resume, stage("train"), on_step)
+        result: Result = fit(cohort, out, config, resume, stage("train"), on_step, team)
         for name in ("epsilon", "delta", "noise_multiplier", "sample_rate", "max_grad_norm", "steps"):
             if result.get(name) is not None:
                 track.metric(name, result[name])
-    return {**result, "run": str(out)}
+    return result
 
 
 def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: Progress | None = None) -> Result:

@@ -14,6 +14,12 @@ from typing import Any
 
 Progress = Callable[[int, int], None]
 SECONDS_BETWEEN_LINES = 10.0
+DEFECT = 1
+
+
+def speaks() -> bool:
+    """Whether this process talks to the user: of several that torchrun started, the first one alone."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def debugging() -> bool:
@@ -49,7 +55,7 @@ class Console(contextlib.ExitStack):
     def __init__(self, json: bool | None, quiet: bool | None) -> None:
         super().__init__()
         self.json = bool(json)
-        self.quiet = bool(quiet)
+        self.quiet = bool(quiet) or not speaks()
         self._stdout = sys.stdout
         self._bars: Any = None
         self._bar: Any = None
@@ -76,6 +82,8 @@ class Console(contextlib.ExitStack):
         """Print the outcome: the object with --json, else the lines (also when quiet: it is what was asked for)."""
         if self._bars is not None:
             self._bars.stop()
+        if not speaks():
+            return
         text = json.dumps(data, indent=2, default=str, allow_nan=False) if self.json else "\n".join(lines)
         print(text, file=self._stdout, flush=True)
 
@@ -132,6 +140,8 @@ class Console(contextlib.ExitStack):
 
 def fail(kind: str, message: str, code: int, as_json: bool) -> int:
     """Print one sentence on stderr (and, with --json, an error object on stdout); return the exit code."""
+    if not speaks() and code != DEFECT:
+        return code  # the first process says the same
     print(f"medvae: {message}", file=sys.stderr, flush=True)
     if as_json:
         error = {"kind": kind, "message": message, "exit_code": code}

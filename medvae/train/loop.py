@@ -13,6 +13,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +38,14 @@ from medvae.train.gradient import (
 from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_optimizer, rate_factor
 from medvae.train.randomness import Randomness
 from medvae.train.sampler import PatientSampler
+from medvae.train.team import Team, TeamSampler
 from medvae.types import Batch, ImageSpace, Mechanism, PrivacyPlan, Progress
 
 STAGE = "dpsgd"
 CHECKPOINT = "checkpoint"
 LOG = "losses.jsonl"
+SAME_PRESS_S = 1.0
+ALONE = Team()
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
@@ -56,6 +60,7 @@ def train_dpsgd(
     folder: Path,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Train `model` in place for `plan.steps` steps; it ends with the averaged weights.
 
@@ -63,12 +68,16 @@ def train_dpsgd(
     unit patient, add/remove. Without noise in the plan nothing is clipped either: a run for comparison.
 
     folder: the run's private folder, for checkpoints and the log. on_step sees private statistics. Resumes where a
-    checkpoint is found. Ctrl-C writes one, then raises KeyboardInterrupt. Raises RunError for a checkpoint of
-    another plan, or a broken one; ConfigError for a model that cannot be trained by patient.
+    checkpoint is found, whatever number of processes wrote it. Ctrl-C (and SIGTERM) writes one, then raises
+    KeyboardInterrupt. Raises RunError for a checkpoint of another plan, or a broken one, or for a process of the
+    team that was lost; ConfigError for a model that cannot be trained by patient. Called on the team's leader; the
+    others run `medvae.train.distributed.follow`.
     """
     # A repeatable run repeats its arithmetic too, which timed choices would not.
     tuner = Tuner(load_choices(folder), fixed=None if randomness.releasable else "loop")
     engine = make_engine(model, plan, latent_dim, sampler.store.space, config.grad_sampler, tuner)
+    if team.size > 1:
+        engine = TeamSampler(engine, team)
     optimizer = PatientDPOptimizer(
         inner_optimizer(engine.parameters, _learning_rate(config)),
         engine,
@@ -79,16 +88,19 @@ def train_dpsgd(
     average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     start = _restore(folder, model, average, optimizer, plan)
     _keep_log_before(folder / LOG, start)
+    team.share_weights(list(model.state_dict().values()))
 
     with deferred_interrupt() as interrupted, (folder / LOG).open("a", encoding="utf-8") as log:
         for step in range(start, plan.steps):
             source = randomness.source(STAGE, step)
-            batch = sampler.load(sampler.draw(source))
-            latent = torch.randn(len(batch.patient), latent_dim, generator=randomness.latent(STAGE, step))
+            drawn = sampler.draw_patients(source)
+            latent = torch.randn(sum(map(len, drawn)), latent_dim, generator=randomness.latent(STAGE, step))
+            rows, latent = team.deal(drawn, latent)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(config) * rate_factor(step, plan.steps)
 
-            stats = optimizer.step_on(batch, latent, source)
+            stats = optimizer.step_on(sampler.load(rows), latent, source)
+            team.share_weights(engine.parameters)
             average_weights(average, model, step, config.average_decay)
 
             line = _summary(stats.reveal())
@@ -106,6 +118,7 @@ def train_dpsgd(
             if stop:
                 raise KeyboardInterrupt
 
+    team.stop()
     _set_weights(model, average)
 
 
@@ -154,23 +167,27 @@ def made_up_scans(space: ImageSpace, latent_dim: int) -> tuple[Batch, Tensor]:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C wait for the step in progress: yields whether one came. A second Ctrl-C does not wait."""
+    """Let Ctrl-C and SIGTERM wait for the step in progress: yields whether one came. A second one does not wait.
+
+    A launcher may pass on the Ctrl-C that the terminal sent already, so two within a second are one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = False
+    asked: float | None = None
 
     def handler(_signal: int, _frame: object) -> None:
         nonlocal asked
-        if asked:
+        if asked is not None and time.monotonic() > asked + SAME_PRESS_S:
             raise KeyboardInterrupt
-        asked = True
+        asked = time.monotonic() if asked is None else asked
 
-    previous = signal.signal(signal.SIGINT, handler)
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: asked is not None
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _learning_rate(config: DpSgdConfig) -> float:

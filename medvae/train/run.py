@@ -32,11 +32,13 @@ from medvae.nets.cvae import ConditionalVAE
 from medvae.synth.store import write_release
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint, write_json
 from medvae.train.claim import SCHEMA, privacy_claim
-from medvae.train.loop import OnStep, train_dpsgd
+from medvae.train.distributed import make_job
+from medvae.train.loop import ALONE, OnStep, train_dpsgd
 from medvae.train.moments import RELEASES, MomentShapes, fit_moments
 from medvae.train.planning import TrainPlan, make_plan
 from medvae.train.randomness import Randomness, make_randomness
 from medvae.train.sampler import PatientSampler
+from medvae.train.team import Team
 from medvae.types import ModelRelease, Progress
 from medvae.vault.store import CohortStore, open_cohort
 
@@ -67,12 +69,13 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Train on a cohort and return what RUN/privacy.json holds.
 
     Guarantee: the model in RUN/model is (epsilon, delta)-DP as privacy.json states it, for the unit patient under
     add/remove; all that was charged to the cohort's ledger before the first scan was read. Other files of the run
-    are private. on_step sees private statistics.
+    are private. on_step sees private statistics. With several processes, call it on the team's leader.
 
     Raises RunError for an `out` in use, of another version, or (with `resume`) of other settings; ConfigError for
     settings that cannot work; BudgetExceeded, with nothing left behind, where the ledger has no room. Ctrl-C leaves
@@ -96,8 +99,9 @@ def train(
         if plan.recipe.moments.enabled:
             _moments_stage(model, plan, store, randomness, run)
         if plan.recipe.dpsgd.enabled:
-            _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step)
-        return _finish(model.cpu(), plan, store, randomness, ledger, run, receipt)
+            team.begin(make_job(plan, facts, config.threads, str(device), randomness))
+            _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step, team)
+        return _finish(model.cpu(), plan, store, randomness, ledger, run, receipt, team.size)
 
 
 def _charge(ledger: Ledger, run: RunFolder, plan: TrainPlan) -> Receipt:
@@ -149,6 +153,7 @@ def _dpsgd_stage(
     run: RunFolder,
     progress: Progress | None,
     on_step: OnStep | None,
+    team: Team,
 ) -> None:
     settings = plan.recipe.dpsgd
     sampler = PatientSampler(store, store.patients("train"), plan.privacy.sample_rate, settings.scans_per_patient)
@@ -162,6 +167,7 @@ def _dpsgd_stage(
         folder=run.private,
         progress=progress,
         on_step=on_step,
+        team=team,
     )
 
 
@@ -173,12 +179,14 @@ def _finish(
     ledger: Ledger,
     run: RunFolder,
     receipt: Receipt,
+    processes: int,
 ) -> dict[str, Any]:
     """Write the model, commit, then write the claim: a folder with privacy.json is a finished run."""
     card = make_card(store.space, plan.recipe)
     written = write_release(run.path / "model", ModelRelease(weights=state_arrays(model), card=card))
     _commit(ledger, run.run_id, f"weights {written['weights_sha256']}")
     claim = privacy_claim(plan.privacy, store.space, randomness, receipt, run.fingerprint, plan.warnings, plan.asked)
+    claim["processes"] = processes
     write_json(run.path / "privacy.json", claim)
     return claim
 

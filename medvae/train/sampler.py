@@ -48,9 +48,13 @@ class PatientSampler:
 
     def draw(self, source: NoiseSource) -> IntArray:
         """Return the rows of one step, patient after patient; often few, sometimes none."""
-        drawn = np.sort(self.patients[source.mask(len(self.patients), self.sample_rate)])
-        chosen = [self._scans_of(patient, source) for patient in drawn]
+        chosen = self.draw_patients(source)
         return np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+
+    def draw_patients(self, source: NoiseSource) -> list[IntArray]:
+        """Return the rows of one step as one array a drawn patient, in the order of `load`."""
+        drawn = np.sort(self.patients[source.mask(len(self.patients), self.sample_rate)])
+        return [self._scans_of(patient, source) for patient in drawn]
 
     def load(self, rows: IntArray) -> Batch:
         """Return the scans of the rows as a batch; no row at all is a batch of no scans."""
