@@ -12,7 +12,6 @@ again, so a stopped command is simply given again. A GPU is used where there is 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -40,10 +39,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.rows:
-        command = f"python pipelines/benchmarks/quality.py {' '.join(sys.argv[1:])}"
-        settings = Settings(
-            args.data, args.out, args.recipe, args.threads, args.seeded_noise, args.inception_weights, command
-        )
+        settings = Settings(args.data, args.out, args.recipe, args.threads, args.seeded_noise, args.inception_weights)
         seeds = [int(s) for s in args.seeds.split(",")]
         cells = plan_cells(args.rows.split(","), args.methods.split(","), seeds, args.recipe)
         todo = [c for c in cells if not (args.out / "cells" / f"{c.name}.json").exists()]

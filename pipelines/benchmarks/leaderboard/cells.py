@@ -50,7 +50,6 @@ class Settings:
     threads: int | None = None
     seeded: bool = False
     inception: Path | None = None
-    command: str = ""
 
 
 def plan_cells(rows: Sequence[str], methods: Sequence[str], seeds: Sequence[int], recipe: Path | None) -> list[Cell]:
@@ -131,7 +130,6 @@ def run_cell(cell: Cell, settings: Settings) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "command": settings.command,
         "notes": dict(made.notes),
     }
     write(settings.out / "cells" / f"{cell.name}.json", result)

@@ -49,32 +49,41 @@ def coarse_shape(space: ImageSpace, longest: int) -> tuple[int, ...]:
 
 
 def release_means(store: CohortStore, longest: int, feature: Feature, epsilon: float, noise: NoiseSource) -> Released:
-    """Release, by one Gaussian mechanism at the default delta, the mean of `feature` over the scans of each class.
+    """Release the mean of `feature` over the scans of each class, by one Gaussian mechanism at the default delta.
 
-    feature: coarse scans (B, C, *grid) -> (B, D), each row of norm at most 1, which is enforced. A patient adds the
-    average over their scans of [row by class, class one-hot], of norm at most 1. Counts are noisy too.
+    Counts are released in the same mechanism; noisy ones below a tenth of an equal share are raised to it.
     """
     patients = store.patients("train")
-    rows = store.rows(patients)
-    share = 1 / np.bincount(store.patient)
     delta = default_delta(len(patients))
     sigma = calibrate_noise(lambda z: [Mechanism("class sums", z)], epsilon, delta)
-    sums: Array | None = None
-    counts = np.zeros(0)
+    sums = patient_sums(store, patients, longest, feature)
+    sums += sigma * noise.normal(sums.size).reshape(sums.shape)
+    counts = np.maximum(sums[:, -1] / COUNT_WEIGHT, len(patients) / (10 * len(sums)))
+    means = sums[:, :-1] / math.sqrt(1 - COUNT_WEIGHT**2) / counts[:, None]
+    return Released(means, pld_epsilon([Mechanism("class sums", sigma)], delta), delta)
+
+
+def patient_sums(store: CohortStore, patients: npt.NDArray[np.int64], longest: int, feature: Feature) -> Array:
+    """Return the sums (K, D + 1) by class of [weighted feature, weighted 1] over patients, not noised.
+
+    feature: coarse scans (B, C, *grid) -> (B, D), of which each row is clipped to norm 1. A patient adds the average
+    over their scans of vectors of norm at most 1, so the L2 sensitivity to one patient with all their scans is 1.
+    """
+    rows = store.rows(patients)
+    share = 1 / np.bincount(store.patient)
+    total: Array | None = None
     for start in range(0, len(rows), CHUNK):
         batch = store.load(rows[start : start + CHUNK])
         scans = coarse(shrink(Scans(batch.x, batch.condition, batch.patient, store.space), longest))
         phi = np.asarray(feature(scans.x), dtype=np.float64)
-        phi /= np.maximum(1.0, np.linalg.norm(phi, axis=1, keepdims=True) * (1 + 1e-12))
+        phi /= np.maximum(1.0, np.linalg.norm(phi, axis=1, keepdims=True))
+        one = np.full((len(phi), 1), COUNT_WEIGHT)
         members = scans.column(class_condition(scans)).astype(np.float64) * share[scans.patient][:, None]
-        sums = members.T @ phi if sums is None else sums + members.T @ phi
-        counts = members.sum(0) + (counts if len(counts) else 0.0)
-    if sums is None:
+        part = members.T @ np.concatenate([phi * math.sqrt(1 - COUNT_WEIGHT**2), one], axis=1)
+        total = part if total is None else total + part
+    if total is None:
         raise SystemExit("the cohort has no training patients")
-    sums += sigma / math.sqrt(1 - COUNT_WEIGHT**2) * noise.normal(sums.size).reshape(sums.shape)
-    counts = counts + sigma / COUNT_WEIGHT * noise.normal(len(counts))
-    counts = np.maximum(counts, len(patients) / (10 * len(counts)))
-    return Released(sums / counts[:, None], pld_epsilon([Mechanism("class sums", sigma)], delta), delta)
+    return total
 
 
 def scans_of(maps: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], space: ImageSpace, longest: int) -> Scans:
