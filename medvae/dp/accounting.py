@@ -32,14 +32,15 @@ _EPSILON_DIGITS = 6
 _SMALLEST_DELTA = 1e-12  # below it the rounding errors of the Fourier transform would decide
 
 
-def pld_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+def pld_epsilon(mechanisms: Sequence[Mechanism], delta: float, cells: int = CLAIM_CELLS) -> float:
     """Return epsilon of the composition of all mechanisms at `delta`, rounded up to six decimals.
 
     Guarantee: the joint release of all mechanisms is (epsilon, delta)-DP under add/remove of one patient. Infinite
-    where a noise multiplier is 0; 0.0 for no mechanism. Raises ConfigError for values out of range.
+    where a noise multiplier is 0; 0.0 for no mechanism. cells: as in `delta_curve`; fewer give a larger epsilon.
+    Raises ConfigError for values out of range.
     """
     check_delta_range(delta)
-    return _epsilon(canonical(mechanisms), delta, CLAIM_CELLS)
+    return _epsilon(canonical(mechanisms), delta, cells)
 
 
 def pld_delta(mechanisms: Sequence[Mechanism], epsilon: float) -> float:

@@ -194,7 +194,7 @@ def _up(value: float) -> str:
 def _curve(mechanisms: tuple[Mechanism, ...], cells: int) -> tuple[_Array, _Array]:
     """Return epsilons (K,) from 0 to where delta vanishes, and delta at each."""
     key = canonical(mechanisms)
-    tails = (pld_epsilon(mechanisms, delta) for delta in TAIL_DELTAS) if key else iter([1.0])
+    tails = (pld_epsilon(mechanisms, delta, cells) for delta in TAIL_DELTAS) if key else iter([1.0])
     end = next((e for e in tails if math.isfinite(e)), None)
     if end is None:
         return np.zeros(1), np.ones(1)
