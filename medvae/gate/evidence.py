@@ -14,6 +14,7 @@ from medvae.schemas import version
 from medvae.synth.store import read_release
 from medvae.types import ImageSpace, Mechanism, ModelRelease
 
+CANARY_FILE = "canary.json"
 AUDIT_FILES = ("audit.json", "audit.html", "audit.pdf")
 
 
@@ -86,12 +87,21 @@ def read_evidence(run: Path, privacy: Mapping[str, Any], report: Path | None) ->
         _ = model.space
     except (KeyError, TypeError, ValueError, IndexError, MedvaeError):
         raise RunError("model.json does not describe an image space: the run was altered, train again") from None
-    spending = _read_spending(run, privacy["delta"])
+    spending = read_spending(run, privacy["delta"])
     audit = None if report is None else _read_audit(report)
     return Evidence(privacy, model, spending, audit)
 
 
-def _read_spending(run: Path, delta: float) -> Spending:
+def read_canary(run: Path) -> dict[str, Any] | None:
+    """Read RUN/canary.json, what the planted canaries showed; None where the run has none."""
+    path = run / CANARY_FILE
+    if not path.is_file():
+        return None
+    return _read_json(path, "canary.json of this run is torn: train again, or restore it")
+
+
+def read_spending(run: Path, delta: float) -> Spending:
+    """Read the ledger that a run was charged to; epsilon at `delta`. Raises as `read_evidence` does."""
     own = _read_json(run / "private" / "run.json", "the run's private/run.json is missing: release from the run itself")
     location = str(own.get("ledger", ""))
     if not location:

@@ -5,6 +5,7 @@ Offline: the HTML holds its styles and figures, and the PDF writer may open data
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import tempfile
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from medvae.errors import MissingPart
-from medvae.report.view import audit_view, certificate_view
-from medvae.report.words import EVIDENCE_NOTE, GLOSSARY, PROVENANCE
+from medvae.report.view import audit_view, certificate_view, exact_or_text, moment, tone
+from medvae.report.words import EVIDENCE_NOTE, GLOSSARY, PROVENANCE, exact, number, sentence
 
 TEMPLATES = Path(__file__).parent / "templates"
 FACES = (
@@ -30,7 +31,7 @@ def render_report(audit: Mapping[str, Any], folder: Path) -> None:
     Raises RunError where it is no audit, PrivacyError where a public report holds a private number, and
     MissingPart where the PDF's system libraries are not installed (before anything is written).
     """
-    _write(folder, "audit", _page("audit.html.j2", audit_view(audit)))
+    _write(folder, "audit", "audit.html.j2", audit_view(audit))
 
 
 def render_certificate(certificate: Mapping[str, Any], folder: Path) -> None:
@@ -38,7 +39,7 @@ def render_certificate(certificate: Mapping[str, Any], folder: Path) -> None:
 
     Raises RunError where it holds no claim, and MissingPart as `render_report` does.
     """
-    _write(folder, "certificate", _page("certificate.html.j2", certificate_view(certificate)))
+    _write(folder, "certificate", "certificate.html.j2", certificate_view(certificate))
 
 
 def require_pdf() -> Any:
@@ -55,7 +56,8 @@ def require_pdf() -> Any:
     return weasyprint
 
 
-def _page(template: str, view: Mapping[str, Any]) -> str:
+def _page(template: str, view: Mapping[str, Any], viewer: Mapping[str, Any] | None) -> str:
+    """Fill a template. The one script of a page is the viewer's, and its policy lets no other run and nothing load."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -66,7 +68,17 @@ def _page(template: str, view: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = (TEMPLATES / "viewer.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+    def shown(value: Any) -> Markup:
+        return Markup('<data value="{}">{}</data>').format("null" if value is None else exact(value), number(value))
+
+    environment.filters.update(num=shown, exact=exact_or_text, words=sentence, tone=tone, moment=moment)
     environment.globals.update(
+        viewer=viewer,
+        viewer_js=Markup(script),  # our own file, and the only script
+        script_source=Markup(f"'sha256-{digest}'" if viewer else "'none'"),
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # our own file, no markup in it
         glossary=GLOSSARY,
         provenance=PROVENANCE,
@@ -75,8 +87,11 @@ def _page(template: str, view: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(view=view)
 
 
-def _write(folder: Path, name: str, html: str) -> None:
-    pdf = _pdf(html)
+def _write(folder: Path, name: str, template: str, view: Mapping[str, Any]) -> None:
+    """Write the page and its print, which has no viewer: paper has no sliders."""
+    viewer = view.get("viewer")
+    html = _page(template, view, viewer)
+    pdf = _pdf(_page(template, view, None) if viewer else html)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / f"{name}.html", html.encode())
     _replace(folder / f"{name}.pdf", pdf)

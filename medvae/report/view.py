@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medvae.errors import PrivacyError, RunError
+from medvae.report.board import board_figures, board_view, entries
 from medvae.report.figures import draw, strip
 from medvae.report.series import arrange
 from medvae.report.words import (
@@ -14,8 +15,6 @@ from medvae.report.words import (
     GOOD_SIGNS,
     GROUPS,
     OTHER_VERDICT,
-    RESIDUAL_RISKS,
-    SIGNATORIES,
     VERDICTS,
     exact,
     number,
@@ -58,8 +57,8 @@ def audit_view(audit: Mapping[str, Any]) -> dict[str, Any]:
     figures: Mapping[str, Any] = audit.get("figures") or {}
     internal = audit.get("audience") == "internal"
     if not internal:
-        _refuse_private([*findings, *figures.values()])
-    arranged = arrange(figures)
+        _refuse_private(list(entries(audit)))
+    arranged = arrange(figures) | board_figures(audit)
     pictures = [draw(name, figure) for name, figure in arranged.items() if figure["kind"] != "table"]
     drawn = [p for p in pictures if p.uri]
     rows = [_finding(f) for f in findings]
@@ -77,15 +76,16 @@ def audit_view(audit: Mapping[str, Any]) -> dict[str, Any]:
         "groups": [_group(key, rows) for key in _group_keys(rows)],
         "findings": rows,
         "roc": [p for p in drawn if p.proven][:1],
+        "ladder": [p for p in drawn if p.name == "ladder" and p.kind == "ladder"],
+        "budget": [p for p in drawn if p.kind == "ledger"],
         "sheets": [p for p in drawn if p.kind == "images"],
         "histograms": [p for p in drawn if p.kind == "histogram"],
-        "others": [p for p in drawn if p.kind not in ("images", "histogram")],
+        "others": [p for p in drawn if p.kind not in ("images", "histogram", "ladder", "ledger")],
         "tables": [_table(figure) for figure in arranged.values() if figure["kind"] == "table"],
         "undrawn": [p for p in pictures if not p.uri],
         "not_tested": [str(line) for line in audit.get("not_tested") or ()],
-        "risks": [str(line) for line in audit.get("residual_risks") or RESIDUAL_RISKS],
-        "review_date": str(audit.get("review_date") or decision.get("review_date") or ""),
-        "signatories": [str(line) for line in audit.get("signatories") or SIGNATORIES],
+        "board": board_view(audit, claim),
+        "viewer": audit.get("viewer"),
     }
 
 
@@ -94,7 +94,7 @@ def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
     claim = certificate.get("claim")
     if not isinstance(claim, Mapping):
         raise RunError("this is not a certificate.json: it has no claim, run `medvae release` again")
-    shown = {"schema", "created", "tool", "claim", "checks", "plain_words", "limits", "verify", "title"}
+    shown = {"schema", "created", "tool", "claim", "checks", "plain_words", "limits", "verify", "title", "override"}
     cumulative = certificate.get("cumulative")
     tool: Mapping[str, Any] = certificate.get("tool") or {}
     words = certificate.get("plain_words") or claim.get("plain_words") or ()
@@ -104,6 +104,7 @@ def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
         "tool": f"{tool.get('name', 'medvae')} {tool.get('version', '')}".strip(),
         "claim": {**claim_view(claim), "plain_words": [str(line) for line in words]},
         "checks": [_check(c) for c in certificate.get("checks") or () if isinstance(c, Mapping)],
+        "override": certificate.get("override"),
         "facts": [pair for k, v in certificate.items() if k not in shown for pair in _flat(sentence(str(k)), v)],
         "cumulative": claim_view(cumulative) if isinstance(cumulative, Mapping) else None,
         "limits": [str(line) for line in certificate.get("limits") or CERTIFICATE_LIMITS],
@@ -218,7 +219,14 @@ def _decision(decision: Mapping[str, Any]) -> dict[str, Any]:
     verdict = str(decision.get("verdict") or "NO DECISION")
     style, mark, meaning = VERDICTS.get(verdict.upper().replace("_", " "), OTHER_VERDICT)
     reasons = [str(line) for line in decision.get("reasons") or ()]
-    return {"verdict": verdict.replace("_", " "), "style": style, "mark": mark, "meaning": meaning, "reasons": reasons}
+    return {
+        "verdict": verdict.replace("_", " "),
+        "style": style,
+        "mark": mark,
+        "meaning": meaning,
+        "reasons": reasons,
+        "override": decision.get("override"),
+    }
 
 
 def _mechanism(mechanism: Mapping[str, Any]) -> dict[str, str]:

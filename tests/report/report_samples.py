@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import numpy as np
+from board_samples import make_board, make_viewer
 from PIL import Image
 
 FPR = [0.0, *np.logspace(-5, 0, 40).tolist()]
@@ -129,6 +130,9 @@ def make_audit(audience: str) -> dict[str, Any]:
         "figures": figures,
         "not_tested": ["Attacks with shadow models.", "Attribute inference."],
         "decision": {"verdict": "CONDITIONAL", "reasons": ["epsilon 8 is a weak promise: share under an agreement"]},
+        "summary": CLAIM["plain_words"],
+        "board": make_board(audience),
+        "viewer": make_viewer(),
         "tier": "quick",
         "audience": audience,
     }
