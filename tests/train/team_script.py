@@ -4,7 +4,10 @@ Run as `python team_script.py FOLDER TASKS`. TASKS is JSON, one object a task:
     name, processes     the run folder's name; how many processes
     config              changes to the small recipe; `patients` of the cohort
     stop                the leader raises Stop after this step; resume: go on with a run
-    harm                [rank, step, what]: that process then gets SIGKILL or SIGSTOP, or fails
+    press               the leader gets Ctrl-C after this step
+    harm                [rank, step, what]: that process then gets SIGKILL or SIGSTOP, fails, or has a defect
+    noisy               every process adds noise of its own: what must never be
+    budget              set on the cohort's ledger before; environment: variables of all processes
 A process of its own, so that every process of a team is forked from a parent that holds no threads.
 """
 
@@ -28,12 +31,14 @@ from small_cohort import small_config, write_cohort
 
 import medvae.train.claim
 import medvae.train.run
+from medvae.dp.ledger import Ledger
 from medvae.errors import CohortError, MedvaeError
 from medvae.train.distributed import follow
 from medvae.train.planning import make_plan
 from medvae.train.run import train
 from medvae.train.sampler import PatientSampler
-from medvae.train.team import form_team
+from medvae.train.team import Team, form_team
+from medvae.vault.store import open_cohort
 
 Task = Mapping[str, Any]
 
@@ -46,7 +51,10 @@ def work(folder: Path, task: Task) -> dict[str, Any]:
     """Be one process of a team; return what it has to say."""
     torch.set_num_threads(1)
     config = small_config(**task.get("config", {}))
-    _plan_harm(task)
+    shares: list[int] = []
+    _watch_loads(task, shares)
+    if task.get("noisy"):
+        _add_noise_everywhere()
 
     def on_step(step: int, _stats: Mapping[str, float]) -> None:
         if step == task.get("stop"):
@@ -61,20 +69,29 @@ def work(folder: Path, task: Task) -> dict[str, Any]:
             cohort = folder / f"cohort-{task.get('patients', 30)}"
             claim = train(cohort, folder / task["name"], config, task.get("resume", False), None, on_step, team)
             team.conclude(claim)
-    return {"claim": claim}
+    return {"claim": claim, "shares": shares}
 
 
-def _plan_harm(task: Task) -> None:
+def _add_noise_everywhere() -> None:
+    plain = Team.add_up
+
+    def add_up(team: Team, sums: Any) -> Any:
+        if not team.leads:
+            sums = [s + 1.4 * torch.randn(s.shape) for s in sums]
+        return plain(team, sums)
+
+    Team.add_up = add_up  # type: ignore[method-assign]
+
+
+def _watch_loads(task: Task, shares: list[int]) -> None:
+    """Note how many scans this process gets in each step, and do it harm where the task says so."""
     rank, step, what = task.get("harm", (None, 0, ""))
-    if rank != int(os.environ["RANK"]):
-        return
-    calls = 0
+    mine = rank == int(os.environ["RANK"])
     plain = PatientSampler.load
 
     def load(sampler: PatientSampler, rows: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > step:
+        shares.append(len(rows))
+        if mine and len(shares) > step:
             if what == "fail":
                 raise CohortError("the scans are on strike: pay them")
             if what == "defect":
@@ -136,13 +153,19 @@ def team(folder: Path, task: Task) -> dict[str, Any]:
 def main(folder: Path, tasks: list[Task]) -> None:
     torch.set_num_threads(1)
     # The arithmetic once, for all children: what is tested is training.
-    medvae.train.run.make_plan = functools.cache(lambda n, space, config: make_plan(n, space, config))
+    plans = functools.cache(make_plan)
+    medvae.train.run.make_plan = plans
     medvae.train.claim.prv_epsilon = lambda *_: None
+    medvae.train.claim.plain_words = lambda *_: []
     results = []
     for task in tasks:
         cohort = folder / f"cohort-{task.get('patients', 30)}"
         if not cohort.exists():
             write_cohort(cohort, patients=task.get("patients", 30))
+        store = open_cohort(cohort).reveal()
+        plans(len(store.patients("train")), store.space, small_config(**task.get("config", {})))
+        if "budget" in task:
+            Ledger(cohort / "ledger.db").set_budget(task["budget"], 1e-5)
         results.append(team(folder, task))
     print(json.dumps(results))
 

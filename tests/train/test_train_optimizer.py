@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from noise_check import FALSE_ALARM, has_planned_noise
 from scipy import stats
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_op
 from medvae.types import Batch, Private
 
 SIGMA, BOUND, EXPECTED = 1.7, 0.3, 12.5
-FALSE_ALARM = 1e-6
 NOTHING = Batch(np.zeros((0, 1, 2, 2), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
 
 
@@ -48,25 +48,17 @@ def one_step(value: float, sigma: float, source: NoiseSource, size: int = 20_000
     return ((before - after) * EXPECTED).numpy()
 
 
-def has_planned_noise(moved: np.ndarray, sigma: float) -> bool:
-    """Two-sided chi-square test of the variance, and a normal test of the mean, at FALSE_ALARM."""
-    scaled = moved / (sigma * BOUND)
-    chi2 = stats.chi2.cdf(float((scaled**2).sum()), len(scaled))
-    mean = abs(float(scaled.mean())) * len(scaled) ** 0.5
-    return bool(FALSE_ALARM / 2 < chi2 < 1 - FALSE_ALARM / 2 and mean < stats.norm.isf(FALSE_ALARM / 2))
-
-
 @pytest.mark.parametrize("source", [seeded_noise(0), os_noise()], ids=["seeded", "os"])
 def test_a_released_step_has_the_planned_noise(source: NoiseSource) -> None:
     moved = one_step(0.0, SIGMA, source)
-    assert has_planned_noise(moved, SIGMA)
+    assert has_planned_noise(moved, SIGMA * BOUND)
     assert stats.kstest(moved / (SIGMA * BOUND), "norm").pvalue > FALSE_ALARM
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 2**0.5])
 def test_the_test_of_noise_rejects_other_noise(factor: float) -> None:
     """Half of it, a tenth too little or too much, or noise that was added twice."""
-    assert not has_planned_noise(one_step(0.0, factor * SIGMA, seeded_noise(0)), SIGMA)
+    assert not has_planned_noise(one_step(0.0, factor * SIGMA, seeded_noise(0)), SIGMA * BOUND)
 
 
 def test_the_divisor_is_the_expected_number_of_patients() -> None:
