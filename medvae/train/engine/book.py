@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medvae.train.engine.segments import Segments
-
-# Parameters up to this size are summed together, since each call costs more than their arithmetic.
-SMALL = 4096
+from medvae.train.engine.strategies import SMALL, Found, Rows, squared_norms, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -26,52 +24,81 @@ class Deferred:
 
 
 class Book:
-    """Per-patient gradients of one backward pass.
+    """Per-patient gradients of one backward pass. Parameters are known by their `id`.
 
     A parameter that is used more than once gets its contributions added before any norm is taken: the square of a sum
     is not the sum of the squares. So only parameters used once may be deferred.
+
+    room: bytes that kept gradients may take; where they would take more, a layer used once is deferred.
     """
 
-    def __init__(self, segments: Segments) -> None:
+    def __init__(self, segments: Segments, room: float = float("inf")) -> None:
         self.segments = segments
-        self._uses: dict[nn.Parameter, int] = {}
-        self._kept: dict[nn.Parameter, Tensor] = {}
-        self._squares: dict[nn.Parameter, Tensor] = {}
-        self._deferred: dict[nn.Parameter, Deferred] = {}
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._room = room
+        self._uses: dict[int, int] = {}
+        self._scans: dict[int, Tensor] = {}
+        self._kept: dict[int, Rows] = {}
+        self._squares: dict[int, Tensor] = {}
+        self._deferred: dict[int, Deferred] = {}
+        self._copies: list[tuple[int, Tensor]] = []
+        self._shapes: dict[int, torch.Size] = {}
 
     def announce(self, parameter: nn.Parameter) -> None:
         """Count a use in the forward pass."""
-        self._uses[parameter] = self._uses.get(parameter, 0) + 1
+        key = id(parameter)
+        self._uses[key] = self._uses.get(key, 0) + 1
+        self._shapes[key] = parameter.shape
 
     def used_once(self, parameter: nn.Parameter) -> bool:
         """Return whether the forward pass used the parameter in one place only."""
-        return self._uses.get(parameter, 0) == 1
+        return self._uses.get(id(parameter), 0) == 1
 
-    def keep(self, parameter: nn.Parameter, gradients: Tensor) -> None:
-        """Add gradients a patient (P, *shape)."""
-        gradients = gradients.to(torch.float32)
-        if parameter in self._kept:
-            self._kept[parameter] = self._kept[parameter] + gradients
+    def has_room(self, parameter: nn.Parameter) -> bool:
+        """Return whether a gradient a patient of this parameter may still be kept."""
+        return self.segments.patients == 1 or 4 * self.segments.patients * parameter.numel() <= self._room
+
+    def keep(self, parameter: nn.Parameter, found: Found) -> None:
+        """Write down what a strategy found of a weight: rows (P, *shape), in float32 from here on."""
+        if found.rows is None:
+            raise ValueError("a strategy that defers is written down by `defer`")
+        key, rows = id(parameter), _float(found.rows)
+        self._room -= 4 * self.segments.patients * parameter.numel()
+        if key in self._kept:
+            self._kept[key] = _added(self._kept[key], rows)
             return
-        self._kept[parameter] = gradients
-        if self.used_once(parameter) and parameter.numel() > SMALL:
-            self._squares[parameter] = squared_norms(gradients)  # now, while they are in the cache
+        self._kept[key] = rows
+        if self.used_once(parameter):
+            if found.squares is not None:
+                self._squares[key] = found.squares
+            elif parameter.numel() > SMALL:
+                self._squares[key] = squared_norms(rows)  # now, while they are in the cache
+
+    def keep_scans(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+        """Write down gradients a scan (B, ...) of a small parameter."""
+        key, rows = id(parameter), gradients.reshape(len(gradients), -1).float()
+        self._scans[key] = self._scans[key] + rows if key in self._scans else rows
+
+    def copies(self, parameter: nn.Parameter, scans: int, dtype: torch.dtype) -> Tensor:
+        """Return a copy of a small parameter for each scan, as one vector: autograd itself then tells scans apart."""
+        copies = parameter.detach().to(dtype).repeat(scans)
+        if parameter.requires_grad:
+            self._copies.append((id(parameter), copies.requires_grad_()))
+        return copies
 
     def defer(self, parameter: nn.Parameter, entry: Deferred) -> None:
         """Note the norms of a parameter that is used once, and how to sum it later."""
-        self._deferred[parameter] = entry
+        self._deferred[id(parameter)] = entry
 
-    def close(self, max_norm: float) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
-        """Clip each patient's gradient to `max_norm` and sum: one float32 tensor a parameter that took part.
+    def close(self, max_norm: float) -> tuple[dict[int, Tensor], Tensor]:
+        """Clip each patient's gradient to `max_norm` and sum: one float32 tensor a parameter that took part, by id.
 
         Returns the sums and the norms (P,) before the clip, in float64, over all parameters together. A patient whose
         gradient is not finite counts as zero: its norm has no bound to scale by. Empties the book.
         """
-        small = {p: g for p, g in self._kept.items() if p.numel() <= SMALL}
-        joined = torch.cat([g.flatten(1) for g in small.values()], dim=1) if small else None
+        small, joined = self._join_small()
         parts = [entry.squares.double() for entry in self._deferred.values()]
-        large = {p: g for p, g in self._kept.items() if p not in small}
-        parts += [self._squares[p] if p in self._squares else squared_norms(g) for p, g in large.items()]
+        parts += [self._squares[k] if k in self._squares else squared_norms(g) for k, g in self._kept.items()]
         parts += [squared_norms(joined)] if joined is not None else []
         if not parts:
             return {}, torch.zeros(self.segments.patients, dtype=torch.float64)
@@ -79,25 +106,56 @@ class Book:
 
         finite = torch.isfinite(norms)
         factor = torch.where(finite, max_norm / norms.clamp(min=1e-30), 0.0).clamp(max=1.0).float()
-        rows = None if bool(finite.all()) else torch.nonzero(self.segments.spread(finite)).flatten()
+        whole = bool(finite.all())
+        rows = None if whole else torch.nonzero(self.segments.spread(finite)).flatten()
         scans = self.segments.spread(factor)
         scans = scans if rows is None else scans[rows]
         sums = {}
-        for parameter in list(self._deferred):
-            sums[parameter] = self._deferred.pop(parameter).weighted(rows, scans).float()
-        if rows is not None:
-            factor = factor[finite]
+        for key in list(self._deferred):
+            sums[key] = self._deferred.pop(key).weighted(rows, scans).float()
+        patients = None if whole else torch.nonzero(finite).flatten()
+        factor = factor if patients is None else factor[patients]
         if joined is not None:
-            total = factor @ (joined if rows is None else joined[finite])
-            pieces = torch.split(total, [p.numel() for p in small])
-            sums |= {p: t.view(p.shape) for p, t in zip(small, pieces, strict=True)}
-        for parameter in [p for p in self._kept if p not in small]:
-            gradients = self._kept.pop(parameter)
-            sums[parameter] = torch.tensordot(factor, gradients if rows is None else gradients[finite], dims=1)
-        self._kept, self._squares = {}, {}
+            total = factor @ (joined if patients is None else joined[patients])
+            pieces = torch.split(total, [self._shapes[k].numel() for k in small])
+            sums |= {k: t.view(self._shapes[k]) for k, t in zip(small, pieces, strict=True)}
+        chosen = list(range(self.segments.patients)) if patients is None else patients.tolist()
+        factors = factor.tolist() if any(isinstance(g, list) for g in self._kept.values()) else []
+        for key in list(self._kept):
+            gradients = self._kept.pop(key)
+            if isinstance(gradients, list):
+                sums[key] = weighted_sum(gradients, chosen, factors)
+            else:
+                gradients = gradients if patients is None else gradients[patients]
+                sums[key] = torch.tensordot(factor, gradients, dims=1)
+        self._squares = {}
         return sums, norms
 
+    def _join_small(self) -> tuple[list[int], Tensor | None]:
+        """Take the small parameters out of the book: their keys, and their gradients side by side (P, all)."""
+        for key, copies in self._copies:
+            if copies.grad is not None:
+                rows = copies.grad.view(self.segments.scans, -1).float()
+                self._scans[key] = self._scans[key] + rows if key in self._scans else rows
+        self._copies = []
+        for key in [k for k in self._scans if k in self._kept]:
+            rows = self.segments.sum(self._scans.pop(key))
+            self._kept[key] = _added(self._kept[key], rows.view(-1, *self._shapes[key]))
+        by_patient = [k for k, g in self._kept.items() if isinstance(g, Tensor) and self._shapes[k].numel() <= SMALL]
+        keys = [*self._scans, *by_patient]
+        parts = [self._kept.pop(k).flatten(1) for k in by_patient]  # type: ignore[union-attr]
+        if self._scans:
+            parts.insert(0, self.segments.sum(torch.cat(list(self._scans.values()), dim=1)))
+            self._scans = {}
+        return keys, None if not parts else torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-def squared_norms(gradients: Tensor) -> Tensor:
-    """Return the squared norm of each row of (P, ...), as float64 (P,)."""
-    return torch.as_tensor(torch.linalg.vector_norm(gradients.flatten(1), dim=1).double().square())
+
+def _added(first: Rows, second: Rows) -> Rows:
+    if isinstance(first, list) and isinstance(second, list):
+        return [a + b for a, b in zip(first, second, strict=True)]
+    whole = [torch.stack(t) if isinstance(t, list) else t for t in (first, second)]
+    return whole[0] + whole[1]
+
+
+def _float(rows: Rows) -> Rows:
+    return [r.float() for r in rows] if isinstance(rows, list) else rows.float()

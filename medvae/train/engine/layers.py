@@ -1,6 +1,7 @@
 """The layers the engine knows: forward as ever, backward into the book.
 
-Each Function returns the gradient of its input only. Weights get no gradient from autograd, so none is allocated; a
+Autograd sees every layer with its weights detached, so it takes the gradient of the input and nothing else. A hook on
+the output hands (input, output gradient) to the book. Weights get no gradient from autograd, so none is allocated; a
 weight that has one all the same was used behind its layer's back, and the module refuses it.
 """
 
@@ -18,174 +19,50 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from medvae.errors import ConfigError
 from medvae.train.engine.book import Book, Deferred
-from medvae.train.engine.strategies import ConvCall, Geometry, LinearCall
+from medvae.train.engine.strategies import LAYOUTS, ConvCall, Found, Geometry, LinearCall
 from medvae.train.engine.tuner import Tuner
 
 
 @dataclass
 class Desk:
-    """Where the layers find the book of the step in progress; without one they are plain layers."""
+    """Where the layers find the book of the step in progress; without one they are plain layers.
+
+    channels_last: whether convolutions compute in that layout.
+    """
 
     tuner: Tuner
     book: Book | None = None
+    channels_last: bool = False
 
 
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, desk: Desk, book: Book
-    ) -> Tensor:
-        ctx.geometry, ctx.desk, ctx.book, ctx.parameters = geometry, desk, book, (weight, bias)
-        ctx.save_for_backward(x)
-        return torch.convolution(
-            x,
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.transposed,
-            geometry.output_padding,
-            geometry.groups,
-        )
+class _Root(torch.autograd.Function):
+    """Where the graph of a layer begins whose input needs no gradient: its output has one all the same."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        weight, bias = ctx.parameters
-        book: Book = ctx.book
-        values = weight.detach().to(x.dtype)
-        by_bias = None
-        if weight.requires_grad:
-            by_bias = _write(ctx.desk.tuner, book, weight, ConvCall(ctx.geometry, x, gradient, values, book.segments))
-        if bias is not None and bias.requires_grad:
-            book.keep(bias, book.segments.sum(gradient.flatten(2).sum(2)) if by_bias is None else by_bias)
-        back = None
-        if ctx.needs_input_grad[0]:
-            back = ctx.geometry.backward(x, gradient, values, (True, False, False))[0]
-        return back, None, None, None, None, None
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, desk: Desk, book: Book) -> Tensor:
-        ctx.desk, ctx.book, ctx.parameters = desk, book, (weight, bias)
-        ctx.save_for_backward(x)
-        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def forward(_ctx: Any, _anchor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        weight, bias = ctx.parameters
-        book: Book = ctx.book
-        rows, outward = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, gradient))
-        if weight.requires_grad:
-            _write(ctx.desk.tuner, book, weight, LinearCall(rows, outward, book.segments))
-        if bias is not None and bias.requires_grad:
-            book.keep(bias, book.segments.sum(outward.sum(1)))
-        back = gradient @ weight.detach().to(x.dtype) if ctx.needs_input_grad[0] else None
-        return back, None, None, None, None
+    def backward(_ctx: Any, *_: Tensor) -> tuple[None, None]:
+        return None, None
 
 
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, book: Book) -> Tensor:
-        x = _dense(x)
-        size = (len(x), x.shape[1], x[0, 0].numel())
-        y, mean, scale = torch.ops.aten.native_group_norm(x, weight.to(x.dtype), bias.to(x.dtype), *size, groups, eps)
-        ctx.groups, ctx.book, ctx.parameters = groups, book, (weight, bias)
-        ctx.save_for_backward(x, mean, scale)
-        return torch.as_tensor(y)
+def _tapped(x: Tensor, book: Book, compute: Callable[[], Tensor], write: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """Compute a layer's output; in the backward pass `write` gets x and the output's gradient, once.
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, scale = ctx.saved_tensors
-        weight, bias = ctx.parameters
-        book: Book = ctx.book
-        batch, channels, places = len(x), x.shape[1], x[0, 0].numel()
-        gradient, values = _like(gradients[0], x), weight.detach().to(x.dtype)
-        options = (x, mean, scale, values, batch, channels, places, ctx.groups)
-        if x.is_contiguous():
-            # A batch as one sample of many groups: the native sums over the batch are then sums a scan.
-            flat = (1, batch * channels, places)
-            options = (
-                x.view(flat),
-                mean.view(1, -1),
-                scale.view(1, -1),
-                values.repeat(batch),
-                *flat,
-                batch * ctx.groups,
-            )
-            found = torch.ops.aten.native_group_norm_backward(gradient.view(flat), *options, (True, True, True))
-            back, by_weight, by_bias = found[0].view(x.shape), *(t.view(batch, channels) for t in found[1:])
-        else:
-            back = torch.ops.aten.native_group_norm_backward(gradient, *options, (True, False, False))[0]
-            by_bias = gradient.float().flatten(2).sum(2)
-            product = (gradient.float() * x.float()).flatten(2).sum(2)
-            mean, scale = (t.float().repeat_interleave(channels // ctx.groups, 1) for t in (mean, scale))
-            by_weight = (product - by_bias * mean) * scale
-        if weight.requires_grad:
-            book.keep(weight, book.segments.sum(by_weight))
-        if bias.requires_grad:
-            book.keep(bias, book.segments.sum(by_bias))
-        return back, None, None, None, None, None
+    x is let go as soon as it has served, as autograd does with what it saves, and guarded like it.
+    """
+    saved, version = [x], x._version
 
+    def hook(gradient: Tensor) -> None:
+        values = saved.pop()
+        if values._version != version:
+            raise ConfigError("a layer's input was changed in place before its gradient was taken: change a copy")
+        write(values, gradient)
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], eps: float, book: Book
-    ) -> Tensor:
-        y, mean, scale = torch.ops.aten.native_layer_norm(
-            x, shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps
-        )
-        ctx.shape, ctx.book, ctx.parameters = shape, book, (weight, bias)
-        ctx.save_for_backward(x, mean, scale)
-        return torch.as_tensor(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, mean, scale), (gradient,) = ctx.saved_tensors, gradients
-        weight, bias = ctx.parameters
-        book: Book = ctx.book
-
-        def by_patient(t: Tensor) -> Tensor:
-            return book.segments.sum(t.reshape(len(t), -1, *ctx.shape).sum(1))
-
-        if weight.requires_grad:
-            book.keep(weight, by_patient(gradient * (x - mean) * scale))
-        if bias is not None and bias.requires_grad:
-            book.keep(bias, by_patient(gradient))
-        back = None
-        if ctx.needs_input_grad[0]:
-            values = (None if p is None else p.detach().to(x.dtype) for p in (weight, bias))
-            back = torch.ops.aten.native_layer_norm_backward(
-                gradient, x, ctx.shape, mean, scale, *values, (True, False, False)
-            )[0]
-        return back, None, None, None, None, None
-
-
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, index: Tensor, padding: int | None, book: Book) -> Tensor:
-        ctx.weight, ctx.padding, ctx.book = weight, padding, book
-        ctx.save_for_backward(index)
-        return functional.embedding(index, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (index,), (gradient,) = ctx.saved_tensors, gradients
-        book: Book = ctx.book
-        segments, (words, width) = book.segments, ctx.weight.shape
-        index = index.reshape(len(index), -1)
-        patient = segments.index(index.device)[:, None].expand_as(index)
-        found = gradient.new_zeros((segments.patients, words, width))
-        place = (patient.flatten(), index.flatten())
-        found.index_put_(place, gradient.reshape(-1, width), accumulate=True)
-        if ctx.padding is not None:
-            found[:, ctx.padding] = 0
-        book.keep(ctx.weight, found)
-        return None, None, None, None
+    y = compute() if x.requires_grad else torch.as_tensor(_Root.apply(book.anchor, compute))  # type: ignore[no-untyped-call]
+    y.register_hook(hook)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _write(tuner: Tuner, book: Book, weight: nn.Parameter, call: ConvCall | LinearCall) -> Tensor | None:
@@ -193,13 +70,18 @@ def _write(tuner: Tuner, book: Book, weight: nn.Parameter, call: ConvCall | Line
 
     Returns the bias's gradients a patient where they came along.
     """
-    work = tuner.choose(call, may_defer=book.used_once(weight))
-    if work.deferred:
-        book.defer(weight, Deferred(work.run()[0], call.weighted))
-        return None
-    found, by_bias = work.run()
-    book.keep(weight, found)
-    return by_bias
+    alone = book.used_once(weight)
+    if alone and not book.has_room(weight):
+        found = call.measured()
+        weighted = call.measured_again
+    else:
+        found = tuner.choose(call, may_defer=alone)()
+        weighted = call.weighted
+    if found.rows is not None:
+        book.keep(weight, found)
+    elif found.squares is not None:
+        book.defer(weight, Deferred(found.squares, weighted))
+    return found.by_bias
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -208,19 +90,12 @@ def _is_channels_last(x: Tensor) -> bool:
     for size in reversed(x.shape[2:]):
         strides.insert(1, step)
         step *= size
-    return x.dim() in (4, 5) and x.stride() == (step, *strides)
+    return x.dim() in LAYOUTS and x.stride() == (step, *strides)
 
 
 def _dense(x: Tensor) -> Tensor:
     """Return x (B, C, ...) in one of the two layouts that the native kernels know."""
-    return x if _is_channels_last(x) else x.contiguous()
-
-
-def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient in the layout of x: the native kernel reads both so, and does not check."""
-    if x.is_contiguous():
-        return gradient.contiguous()
-    return torch.empty_like(x, dtype=gradient.dtype).copy_(gradient) if gradient.stride() != x.stride() else gradient
+    return x if x.is_contiguous() or _is_channels_last(x) else x.contiguous()
 
 
 def _cast(x: Tensor) -> Tensor:
@@ -229,8 +104,43 @@ def _cast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _apply(function: type[torch.autograd.Function], *values: object) -> Tensor:
-    return torch.as_tensor(function.apply(*values))  # type: ignore[no-untyped-call]
+def _values(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return a parameter's values in the precision of x, out of autograd's sight."""
+    return None if parameter is None else parameter.detach().to(x.dtype)
+
+
+def _convolved(module: _ConvNd, x: Tensor, geometry: Geometry, desk: Desk, book: Book) -> Tensor:
+    x = _cast(x)
+    weight, bias = module.weight, module.bias
+    values = weight.detach().to(x.dtype)
+    if desk.channels_last and x.dim() in LAYOUTS:
+        values = values.contiguous(memory_format=LAYOUTS[x.dim()])
+    biased = bias is not None and bias.requires_grad
+
+    def compute() -> Tensor:
+        return torch.convolution(
+            x,
+            values,
+            _values(bias, x),
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.transposed,
+            geometry.output_padding,
+            geometry.groups,
+        )
+
+    def write(x: Tensor, gradient: Tensor) -> None:
+        by_bias = None
+        if weight.requires_grad:
+            call = ConvCall(geometry, x, gradient, values, book.segments, biased)
+            by_bias = _write(desk.tuner, book, weight, call)
+        if by_bias is not None:
+            book.keep(bias, Found(by_bias))
+        elif biased:
+            book.keep_scans(bias, gradient.flatten(2).sum(2))
+
+    return _tapped(x, book, compute, write)
 
 
 def _conv(module: _ConvNd, x: Tensor, desk: Desk, book: Book) -> Tensor:
@@ -242,7 +152,7 @@ def _conv(module: _ConvNd, x: Tensor, desk: Desk, book: Book) -> Tensor:
     none = (0,) * len(module.stride)
     padding = none if padding == "valid" else padding
     geometry = Geometry(module.stride, padding, module.dilation, False, none, module.groups)
-    return _apply(_Conv, _cast(x), module.weight, module.bias, geometry, desk, book)
+    return _convolved(module, x, geometry, desk, book)
 
 
 def _conv_transpose(
@@ -252,23 +162,82 @@ def _conv_transpose(
     kernel, axes = module.kernel_size, len(module.stride)
     extra = module._output_padding(x, output_size, module.stride, padding, kernel, axes, module.dilation)  # type: ignore[arg-type]
     geometry = Geometry(module.stride, padding, module.dilation, True, tuple(extra), module.groups)
-    return _apply(_Conv, _cast(x), module.weight, module.bias, geometry, desk, book)
+    return _convolved(module, x, geometry, desk, book)
 
 
 def _linear(module: nn.Linear, x: Tensor, desk: Desk, book: Book) -> Tensor:
-    return _apply(_Linear, _cast(x), module.weight, module.bias, desk, book)
+    x = _cast(x)
+    weight, bias = module.weight, module.bias
+
+    def compute() -> Tensor:
+        return functional.linear(x, weight.detach().to(x.dtype), _values(bias, x))
+
+    def write(x: Tensor, gradient: Tensor) -> None:
+        rows, outward = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, gradient))
+        if weight.requires_grad:
+            _write(desk.tuner, book, weight, LinearCall(rows, outward, book.segments))
+        if bias is not None and bias.requires_grad:
+            book.keep_scans(bias, outward.sum(1))
+
+    return _tapped(x, book, compute, write)
 
 
 def _group_norm(module: nn.GroupNorm, x: Tensor, _desk: Desk, book: Book) -> Tensor:
-    return _apply(_GroupNorm, x, module.weight, module.bias, module.num_groups, module.eps, book)
+    x = _dense(x)
+    weight, bias = module.weight, module.bias
+    batch, channels, places = len(x), x.shape[1], x[0, 0].numel()
+    if x.is_contiguous():
+        # A batch as one sample of many groups, with weights a scan: autograd's own gradients are then a scan's.
+        copies = [book.copies(p, batch, x.dtype) for p in (weight, bias)]
+        flat, groups = (1, batch * channels, places), batch * module.num_groups
+        return torch.native_group_norm(x.view(flat), *copies, *flat, groups, module.eps)[0].view(x.shape)
+    y, mean, scale = torch.native_group_norm(
+        x, _values(weight, x), _values(bias, x), batch, channels, places, module.num_groups, module.eps
+    )
+
+    def write(x: Tensor, gradient: Tensor) -> None:
+        by_bias = gradient.float().flatten(2).sum(2)
+        product = (gradient.float() * x.float()).flatten(2).sum(2)
+        means, scales = (t.float().repeat_interleave(channels // module.num_groups, 1) for t in (mean, scale))
+        if weight.requires_grad:
+            book.keep_scans(weight, (product - by_bias * means) * scales)
+        if bias.requires_grad:
+            book.keep_scans(bias, by_bias)
+
+    return _tapped(x, book, lambda: y, write)
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor, _desk: Desk, book: Book) -> Tensor:
-    return _apply(_LayerNorm, x, module.weight, module.bias, tuple(module.normalized_shape), module.eps, book)
+    weight, bias, shape = module.weight, module.bias, tuple(module.normalized_shape)
+    y, mean, scale = torch.native_layer_norm(x, shape, _values(weight, x), _values(bias, x), module.eps)
+
+    def write(x: Tensor, gradient: Tensor) -> None:
+        def by_scan(t: Tensor) -> Tensor:
+            return t.reshape(len(t), -1, *shape).sum(1)
+
+        if weight.requires_grad:
+            book.keep_scans(weight, by_scan(gradient * (x - mean) * scale))
+        if bias is not None and bias.requires_grad:
+            book.keep_scans(bias, by_scan(gradient))
+
+    return _tapped(x, book, lambda: y, write)
 
 
-def _embedding(module: nn.Embedding, x: Tensor, _desk: Desk, book: Book) -> Tensor:
-    return _apply(_Embedding, module.weight, x, module.padding_idx, book)
+def _embedding(module: nn.Embedding, index: Tensor, _desk: Desk, book: Book) -> Tensor:
+    weight, padding = module.weight, module.padding_idx
+
+    def write(index: Tensor, gradient: Tensor) -> None:
+        segments, (words, width) = book.segments, weight.shape
+        index = index.reshape(len(index), -1)
+        patient = segments.index(index.device)[:, None].expand_as(index)
+        found = gradient.new_zeros((segments.patients, words, width))
+        place = (patient.flatten(), index.flatten())
+        found.index_put_(place, gradient.reshape(-1, width), accumulate=True)
+        if padding is not None:
+            found[:, padding] = 0
+        book.keep(weight, Found(found))
+
+    return _tapped(index, book, lambda: functional.embedding(index, weight.detach()), write)
 
 
 LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -332,8 +301,8 @@ def _forward(
             f"the layer {name!r} does not see one row a scan, so no gradient by patient can be taken: keep the batch "
             "as the first axis"
         )
-    for parameter in module.parameters(recurse=False):
-        if parameter.requires_grad:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
             book.announce(parameter)
     return layer(module, x, desk, book, *rest, **options)
 

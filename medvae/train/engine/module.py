@@ -70,16 +70,18 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opac
             parameter.grad = None
         self._desk.book = book
         try:
-            losses: Tensor = self._module(*inputs) * weight
+            losses: Tensor = self._module(*inputs).float()
             # Autocast is for the forward pass; backward repeats its precision by itself, and sums are in float32.
             with torch.autocast(weight.device.type, enabled=False):
-                losses.sum().backward()  # type: ignore[no-untyped-call]
+                losses.backward(weight)  # type: ignore[no-untyped-call]
                 self._refuse_plain_gradients()
                 with torch.no_grad():
                     sums, norms = book.close(max_norm)
         finally:
             self._desk.book = None
-        return [sums.get(p) for _, p in self._named], norms, book.segments.sum(losses.detach())
+        losses = losses.detach() * weight
+        self._desk.tuner.settle()
+        return [sums.get(id(p)) for _, p in self._named], norms, book.segments.sum(losses)
 
     def _refuse_plain_gradients(self) -> None:
         """Raise ConfigError where autograd found a way to a parameter past its layer."""
@@ -128,7 +130,7 @@ class BookkeepingSampler:
     def clipped_sum(self, batch: Batch, latent: Tensor) -> tuple[list[Tensor], Private[StepStats]]:
         """See `GradSampler.clipped_sum`."""
         device = self._parameters[0].device
-        totals = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
+        totals: list[Tensor | None] = [None for _ in self._parameters]
         norms, losses = [torch.zeros(0)], [torch.zeros(0)]
         bound = self._max_grad_norm * (1 - ROUNDING_MARGIN)
         for part in self._parts(batch.patient):
@@ -137,11 +139,11 @@ class BookkeepingSampler:
             inputs = tuple(t.to(device) for t in arrays)
             weight = (1 / counts[segment]).to(device)
             sums, norm, loss = self._module.clipped_sum(inputs, weight, tuple(counts.tolist()), bound)
-            for total, value in zip(totals, sums, strict=True):
-                total += 0 if value is None else value
+            totals = [b if a is None else a if b is None else a.add_(b) for a, b in zip(totals, sums, strict=True)]
             norms.append(norm.cpu())
-            losses.append(loss.float().cpu())
-        return totals, step_stats(torch.cat(norms), torch.cat(losses), self._max_grad_norm, len(batch.patient))
+            losses.append(loss.cpu())
+        filled = [torch.zeros_like(p) if t is None else t for p, t in zip(self._parameters, totals, strict=True)]
+        return filled, step_stats(torch.cat(norms), torch.cat(losses), self._max_grad_norm, len(batch.patient))
 
     def _parts(self, patient: np.ndarray) -> Iterator[slice]:
         """Split sorted patients (B,) into slices of whole patients that fit."""

@@ -6,9 +6,10 @@ All give the same numbers up to rounding; which is fastest depends on the layer'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +17,34 @@ from torch.nn import functional
 
 from medvae.train.engine.segments import Segments
 
-# Strategies that copy each kernel window are not tried above this size of the copy, in bytes.
-WINDOW_BYTES = 16 * 2**20
+# The copy of the kernel windows of some patients, in bytes: small enough to stay in the cache.
+WINDOW_BYTES = 2 * 2**20
 # Norms without gradients are not tried where a patient has more places than this: their cost grows with the square.
 GHOST_PLACES = 64
 # Patients that share one grouped convolution: few at a time stay in the cache.
 GROUP_CHUNKS = (4, 8, 32)
+# Weights up to this size are joined with others and summed at once, since each call costs more than their arithmetic.
+SMALL = 4096
 GHOST = "ghost"
 
+# The layouts with the channels last, by the axes of a batch.
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
-# Gradients a patient of the weight (P, *shape), and of the bias (P, channels) where they come along; of a strategy
-# that defers, squared norms (P,).
-Found = tuple[Tensor, Tensor | None]
 Key = tuple[object, ...]
+Rows = Tensor | list[Tensor]
+
+
+class Found(NamedTuple):
+    """What a strategy found: gradients a patient, of the weight and, where they came along, of the bias.
+
+    rows: (P, *shape), or one tensor a patient where copying them together would cost; by_bias: (P, channels);
+    squares: squared norms (P,) of the weight's gradients, where they were taken already. Without rows the strategy
+    defers: it found norms only, and the weighted sum is taken when the factors are known.
+    """
+
+    rows: Rows | None
+    by_bias: Tensor | None = None
+    squares: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class Geometry:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of (input, weight, bias) that `mask` asks for."""
         channels = gradient.shape[1]
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
             gradient,
             x,
             weight,
@@ -65,24 +81,51 @@ class Geometry:
 
 @dataclass(frozen=True)
 class ConvCall:
-    """One backward call of a convolution: x (B, C, *in), gradient (B, O, *out), weight in torch's layout."""
+    """One backward call of a convolution: x (B, C, *in), gradient (B, O, *out), weight in torch's layout.
+
+    bias: whether there is a bias to take gradients of.
+    """
 
     geometry: Geometry
     x: Tensor
     gradient: Tensor
     weight: Tensor
     segments: Segments
+    bias: bool = False
+
+    def _by_patient(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each patient's gradients of (weight, bias): one call on its slice of the batch."""
+        mask = (False, True, self.bias)
+        counts = list(self.segments.counts)
+        for x, gradient in zip(self.x.split(counts), self.gradient.split(counts), strict=True):
+            _, by_weight, by_bias = self.geometry.backward(x, gradient, self.weight, mask)
+            yield by_weight, by_bias
 
     def loop(self) -> Found:
-        """One call a patient, on its slice of the batch."""
-        out = self.weight.new_empty((self.segments.patients, *self.weight.shape))
-        by_bias = self.weight.new_empty((self.segments.patients, self.gradient.shape[1]))
-        for row, bias, (start, stop) in zip(out, by_bias, self.segments.bounds, strict=True):
-            part = self.x[start:stop], self.gradient[start:stop]
-            found = self.geometry.backward(*part, self.weight, (False, True, True))
-            row.copy_(found[1])
-            bias.copy_(found[2])
-        return out, by_bias
+        """One call a patient; large gradients are not copied together, and measured while in the cache."""
+        if self.weight.numel() <= SMALL:
+            rows, by_bias = zip(*self._by_patient(), strict=True)
+            return Found(torch.stack(rows), torch.stack(by_bias) if self.bias else None)
+        kept, biases, norms = [], [], []
+        for row, bias in self._by_patient():
+            kept.append(row)
+            biases.append(bias)
+            norms.append(torch.linalg.vector_norm(row, dtype=torch.float32))
+        squares = torch.stack(norms).double().square()
+        return Found(kept, torch.stack(biases) if self.bias else None, squares)
+
+    def measured(self) -> Found:
+        """As `loop`, but each gradient is dropped once its norm is known: for when there is no room to keep them."""
+        norms, biases = [], []
+        for row, bias in self._by_patient():
+            norms.append(torch.linalg.vector_norm(row, dtype=torch.float32))
+            biases.append(bias)
+        return Found(None, torch.stack(biases) if self.bias else None, torch.stack(norms).double().square())
+
+    def measured_again(self, rows: Tensor | None, factor: Tensor) -> Tensor:
+        """Return the weighted sum of the very gradients that `measured` saw, to the last bit, as its norms demand."""
+        again = replace(self, bias=False)._by_patient()
+        return _weighted_rows((row for row, _ in again), self.segments, rows, factor)
 
     def grouped(self, chunk: int) -> Found:
         """One call for `chunk` patients, with each one's channels as groups of their own.
@@ -90,27 +133,54 @@ class ConvCall:
         Patients with equally many scans give (scans, patients x channels); else every scan is a group, then summed.
         """
         inner = self.segments.equal or 1
-        x, gradient = (t.view(-1, inner, *t.shape[1:]).transpose(0, 1) for t in (self.x, self.gradient))
+        x, gradient = (t.reshape(-1, inner, *t.shape[1:]).transpose(0, 1) for t in (self.x, self.gradient))
         many = self.weight.expand(chunk, *self.weight.shape).flatten(0, 1)
+        shapes = (self.weight.shape, self.gradient.shape[1:2]) if self.bias else (self.weight.shape,)
         parts = []
         for start in range(0, x.shape[1], chunk):
             some, outward = (t[:, start : start + chunk].flatten(1, 2) for t in (x, gradient))
             count = min(chunk, x.shape[1] - start)
             weight, groups = many[: count * len(self.weight)], count * self.geometry.groups
-            found = self.geometry.backward(some, outward, weight, (False, True, True), groups=groups)
-            parts.append((found[1].view(count, *self.weight.shape), found[2].view(count, -1)))
-        out, by_bias = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*parts, strict=True))
-        if self.segments.equal:
-            return out, by_bias
-        return self.segments.sum(out), self.segments.sum(by_bias)
+            found = self.geometry.backward(some, outward, weight, (False, True, self.bias), groups=groups)
+            parts.append(tuple(t.view(count, *s) for t, s in zip(found[1:], shapes, strict=False)))
+        joined = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*parts, strict=True))
+        return Found(*(t if self.segments.equal else self.segments.sum(t) for t in joined))
 
     def unfold(self) -> Found:
-        """Kernel windows as a matrix, one matrix product a patient."""
+        """Kernel windows as a matrix, one matrix product a patient; a few patients at a time."""
+        parts = [part._products() for part in self._parts()]
+        return Found(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _parts(self) -> Iterator[ConvCall]:
+        """Split between patients, so that the windows of each part stay in the cache."""
+        bounds, most = self.segments.bounds, max(1, WINDOW_BYTES // self._window_bytes)
+        first = 0
+        while first < len(bounds):
+            last = first + 1
+            while last < len(bounds) and bounds[last][1] - bounds[first][0] <= most:
+                last += 1
+            scans = slice(bounds[first][0], bounds[last - 1][1])
+            segments = self.segments if last - first == len(bounds) else Segments(self.segments.counts[first:last])
+            yield replace(self, x=self.x[scans], gradient=self.gradient[scans], segments=segments)
+            first = last
+
+    def _products(self) -> Tensor:
         small, windows = self.matrices()
         groups = self.geometry.groups
         split = zip(small.chunk(groups, dim=2), windows.chunk(groups, dim=2), strict=True)
         parts = [self.segments.products(a, b) for a, b in split]
-        return torch.stack(parts, dim=1).view(-1, *self.weight.shape), None
+        return torch.stack(parts, dim=1).view(-1, *self.weight.shape)
+
+    @property
+    def _window_bytes(self) -> int:
+        """Bytes that the kernel windows of one scan take."""
+        columns = math.prod(self.weight.shape[1:]) * self.geometry.groups
+        return self._places * columns * self.x.element_size()
+
+    @property
+    def _places(self) -> int:
+        small = self.x if self.geometry.transposed else self.gradient
+        return math.prod(small.shape[2:])
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return (B, places, weight rows) and (B, places, groups x weight columns): the weight's gradient is a product.
@@ -130,7 +200,7 @@ class ConvCall:
 
     def squares(self) -> Found:
         """Return the squared norms a patient without the gradients; for one group."""
-        return self.segments.squares(*self.matrices()), None
+        return Found(None, squares=self.segments.squares(*self.matrices()))
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the sum of weight gradients over scans, each times its factor."""
@@ -155,21 +225,27 @@ class ConvCall:
 
     def candidates(self) -> Mapping[str, Callable[[], Found]]:
         """Return the strategies worth trying here."""
-        if self.segments.patients == 1:
-            return {"loop": self.loop}
         found: dict[str, Callable[[], Found]] = {"loop": self.loop}
+        if self.segments.patients == 1:
+            return found
         size = self.segments.size
         units = size.patients if self.segments.equal else size.scans
         for chunk in (n for n in GROUP_CHUNKS if n <= units or n == GROUP_CHUNKS[0]):
             found[f"grouped{chunk}"] = partial(self.grouped, chunk)
-        small = self.x if self.geometry.transposed else self.gradient
-        places = math.prod(small.shape[2:])
-        columns = math.prod(self.weight.shape[1:]) * self.geometry.groups
-        if size.scans * places * columns * small.element_size() <= WINDOW_BYTES:
+        if size.most * self._window_bytes <= WINDOW_BYTES:
             found["unfold"] = self.unfold
-        if self.geometry.groups == 1 and places * size.most <= GHOST_PLACES:
+        if self.geometry.groups == 1 and self._places * size.most <= GHOST_PLACES:
             found[GHOST] = self.squares
         return found
+
+    def blank(self) -> ConvCall:
+        """Return the sizes of this call without its numbers."""
+        return replace(self, x=_blank(self.x), gradient=_blank(self.gradient), weight=_blank(self.weight))
+
+    def like(self, device: torch.device) -> ConvCall:
+        """Return a call of these sizes on made-up numbers."""
+        x, gradient, weight = (_made_up(t, device) for t in (self.x, self.gradient, self.weight))
+        return replace(self, x=x, gradient=gradient, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -182,11 +258,25 @@ class LinearCall:
 
     def products(self) -> Found:
         """One matrix product a patient."""
-        return self.segments.products(self.gradient, self.x), None
+        return Found(self.segments.products(self.gradient, self.x))
 
     def squares(self) -> Found:
         """Return the squared norms a patient without the gradients."""
-        return self.segments.squares(self.gradient, self.x), None
+        return Found(None, squares=self.segments.squares(self.gradient, self.x))
+
+    def measured(self) -> Found:
+        """Return the squared norms a patient; each gradient is dropped once its norm is known."""
+        norms = [torch.linalg.vector_norm(row, dtype=torch.float32) for row in self._by_patient()]
+        return Found(None, squares=torch.stack(norms).double().square())
+
+    def measured_again(self, rows: Tensor | None, factor: Tensor) -> Tensor:
+        """Return the weighted sum of the very gradients that `measured` saw."""
+        return _weighted_rows(self._by_patient(), self.segments, rows, factor)
+
+    def _by_patient(self) -> Iterator[Tensor]:
+        counts = list(self.segments.counts)
+        for x, gradient in zip(self.x.split(counts), self.gradient.split(counts), strict=True):
+            yield gradient.flatten(0, 1).T @ x.flatten(0, 1)
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the sum of weight gradients over scans, each times its factor."""
@@ -204,6 +294,57 @@ class LinearCall:
         if self.x.shape[1] * self.segments.size.most <= GHOST_PLACES:
             found[GHOST] = self.squares
         return found
+
+    def blank(self) -> LinearCall:
+        """Return the sizes of this call without its numbers."""
+        return replace(self, x=_blank(self.x), gradient=_blank(self.gradient))
+
+    def like(self, device: torch.device) -> LinearCall:
+        """Return a call of these sizes on made-up numbers."""
+        return replace(self, x=_made_up(self.x, device), gradient=_made_up(self.gradient, device))
+
+
+def _blank(t: Tensor) -> Tensor:
+    """Return the shape, precision and layout of t, in no memory."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _made_up(t: Tensor, device: torch.device) -> Tensor:
+    """Return random numbers in the shape, precision and layout of a blank."""
+    layout = torch.contiguous_format if t.is_contiguous() else LAYOUTS.get(t.dim(), torch.contiguous_format)
+    return torch.randn(t.shape, dtype=t.dtype, device=device).contiguous(memory_format=layout)
+
+
+def squared_norms(gradients: Rows) -> Tensor:
+    """Return the squared norm of each row of (P, ...), as float64 (P,)."""
+    if isinstance(gradients, list):
+        return torch.stack([torch.linalg.vector_norm(g) for g in gradients]).double().square()
+    return torch.as_tensor(torch.linalg.vector_norm(gradients.flatten(1), dim=1).double().square())
+
+
+def weighted_sum(gradients: list[Tensor], chosen: list[int], factors: list[float]) -> Tensor:
+    """Return the weighted sum of some rows, in the memory of the first."""
+    if not chosen:
+        return torch.zeros_like(gradients[0])
+    total = gradients[chosen[0]].mul_(factors[0])
+    for index, factor in zip(chosen[1:], factors[1:], strict=True):
+        total.add_(gradients[index], alpha=factor)
+    return total
+
+
+def _weighted_rows(gradients: Iterable[Tensor], segments: Segments, rows: Tensor | None, factor: Tensor) -> Tensor:
+    """Sum gradients a patient, each times the factor of its scans; patients whose scans are not in `rows` are left out.
+
+    rows: scans that count, or None for all; factor: one number for each of them.
+    """
+    scans = range(segments.scans) if rows is None else rows.tolist()
+    share = dict(zip(scans, factor.tolist(), strict=True))
+    total = None
+    for gradient, (start, _) in zip(gradients, segments.bounds, strict=True):
+        total = torch.zeros_like(gradient, dtype=torch.float32) if total is None else total
+        if start in share:
+            total.add_(gradient.float(), alpha=share[start])
+    return torch.zeros(()) if total is None else total
 
 
 def _selected(x: Tensor, gradient: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,29 +6,25 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from medvae.train.checkpoint import write_json
-from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCall
+from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCall, squared_norms, weighted_sum
 
 # A strategy is timed so many times at most, or until it took its share.
 TURNS, SHARE_SECONDS = 7, 0.1
 FILE = "strategies.json"
 
 
-@dataclass(frozen=True)
-class Work:
-    """A chosen strategy; `deferred` ones give norms only."""
-
-    run: Callable[[], Found]
-    deferred: bool
-
-
 class Tuner:
-    """Times the strategies once for each layer shape, batch size and machine, and remembers the fastest."""
+    """Times the strategies once for each layer shape, batch size and machine, and remembers the fastest.
+
+    A call that is met for the first time takes the first strategy and is noted. `settle`, called when the step's
+    memory is free again, times what was noted on made-up numbers: nothing about a patient enters a choice, and the
+    step needs no memory for strategies that it does not use.
+    """
 
     def __init__(self, choices: Mapping[str, str] | None = None, *, fixed: str | None = None) -> None:
         """Start from choices made before, so that a run that resumes repeats them.
@@ -37,6 +33,7 @@ class Tuner:
         """
         self._given = dict(choices or {})
         self._memory: dict[Key, str] = {}
+        self._noted: dict[Key, tuple[ConvCall | LinearCall, torch.device, bool]] = {}
         self._fixed = fixed
 
     @property
@@ -44,20 +41,35 @@ class Tuner:
         """Strategy by layer shape, batch size and machine: the choices made or given so far."""
         return self._given | {_text(key): name for key, name in self._memory.items()}
 
-    def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> Work:
+    def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> Callable[[], Found]:
         """Return the strategy for this call."""
-        found = {n: f for n, f in call.candidates().items() if may_defer or n != GHOST}
+        found = _candidates(call, may_defer)
         name = next(iter(found))
         if self._fixed is not None:
             name = self._fixed if self._fixed in found else name
         elif len(found) > 1:
             key = (*call.key, may_defer)
-            if key not in self._memory:
-                given = self._given.get(_text(key))
-                works = {n: _whole(call, n, f) for n, f in found.items()}
-                self._memory[key] = given if given in found else fastest(works, call.x.device)
-            name = self._memory[key]
-        return Work(found[name], name == GHOST)
+            if key not in self._memory and self._given.get(_text(key)) in found:
+                self._memory[key] = self._given[_text(key)]
+            if key in self._memory:
+                name = self._memory[key]
+            elif key not in self._noted:
+                self._noted[key] = (call.blank(), call.x.device, may_defer)
+        return found.get(name, next(iter(found.values())))
+
+    def settle(self) -> bool:
+        """Time the strategies of the calls that were met for the first time; return whether there were any."""
+        noted, self._noted = self._noted, {}
+        for key, (blank, device, may_defer) in noted.items():
+            call = blank.like(device)
+            works = {n: _whole(call, n, f) for n, f in _candidates(call, may_defer).items()}
+            with torch.no_grad():
+                self._memory[key] = fastest(works, device)
+        return bool(noted)
+
+
+def _candidates(call: ConvCall | LinearCall, may_defer: bool) -> dict[str, Callable[[], Found]]:
+    return {n: f for n, f in call.candidates().items() if may_defer or n != GHOST}
 
 
 def _text(key: Key) -> str:
@@ -67,16 +79,19 @@ def _text(key: Key) -> str:
 def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]) -> Callable[[], object]:
     """Return all the work that a strategy makes: the bias, norms and the weighted sum too."""
     factor = torch.ones(call.segments.patients, device=call.x.device)
-    convolution = isinstance(call, ConvCall)
+    factors = factor.tolist()
 
     def whole() -> object:
-        found, by_bias = strategy()
-        if by_bias is None and convolution:
+        found = strategy()
+        by_bias = found.by_bias
+        if by_bias is None and isinstance(call, ConvCall) and call.bias:
             by_bias = call.gradient.flatten(2).sum(2)
-        if name == GHOST:
-            return call.weighted(None, call.segments.spread(factor))
-        found = found.float()
-        return torch.linalg.vector_norm(found.flatten(1), dim=1), torch.tensordot(factor, found, dims=1)
+        if found.rows is None:
+            return by_bias, call.weighted(None, call.segments.spread(factor))
+        if isinstance(found.rows, list):
+            return by_bias, weighted_sum(found.rows, list(range(len(factors))), factors)
+        rows = found.rows.float()
+        return by_bias, squared_norms(rows), torch.tensordot(factor, rows, dims=1)
 
     return whole
 
