@@ -83,6 +83,13 @@ class DpSgdConfig(Frozen):
     checkpoint_every: Count = 25
 
 
+class CanaryConfig(Frozen):
+    """The one-run audit: made-up patients on coordinates of their own, in every private training."""
+
+    enabled: bool = True
+    count: Count = 1000
+
+
 class Recipe(Frozen):
     """A pipeline YAML: what a user copies and edits."""
 
@@ -90,6 +97,7 @@ class Recipe(Frozen):
     model: ModelConfig = ModelConfig()
     moments: MomentsConfig = MomentsConfig()
     dpsgd: DpSgdConfig = DpSgdConfig()
+    canaries: CanaryConfig = CanaryConfig()
 
     @model_validator(mode="after")
     def _some_stage(self) -> Recipe:

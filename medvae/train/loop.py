@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from medvae.config import DpSgdConfig
 from medvae.errors import RunError
+from medvae.train.canary import StepCanaries
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint
 from medvae.train.engine.module import checked_sampler
 from medvae.train.engine.tuner import Tuner, load_choices, save_choices
@@ -61,6 +62,7 @@ def train_dpsgd(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
     team: Team = ALONE,
+    canaries: StepCanaries | None = None,
 ) -> None:
     """Train `model` in place for `plan.steps` steps; it ends with the averaged weights.
 
@@ -78,15 +80,18 @@ def train_dpsgd(
     engine = make_engine(model, plan, latent_dim, sampler.store.space, config.grad_sampler, tuner)
     if team.size > 1:
         engine = TeamSampler(engine, team)
+    joined: GradSampler = engine
+    if canaries is not None:
+        sampler, joined = canaries.join_sampler(sampler), canaries.join_engine(engine, config.grad_sampler, tuner)
     optimizer = PatientDPOptimizer(
-        inner_optimizer(engine.parameters, _learning_rate(config)),
-        engine,
+        inner_optimizer(joined.parameters, _learning_rate(config)),
+        joined,
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=plan.max_grad_norm,
         expected_patients=sampler.expected_patients,
     )
     average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    start = _restore(folder, model, average, optimizer, plan)
+    start = _restore(folder, model, average, optimizer, plan, canaries)
     _keep_log_before(folder / LOG, start)
     team.share_weights(list(model.state_dict().values()))
 
@@ -94,12 +99,16 @@ def train_dpsgd(
         for step in range(start, plan.steps):
             source = randomness.source(STAGE, step)
             drawn = sampler.draw_patients(source)
+            if canaries is not None:
+                drawn = canaries.keep(drawn)
             latent = torch.randn(sum(map(len, drawn)), latent_dim, generator=randomness.latent(STAGE, step))
             rows, latent = team.deal(drawn, latent)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(config) * rate_factor(step, plan.steps)
 
             stats = optimizer.step_on(sampler.load(rows), latent, source)
+            if canaries is not None:
+                canaries.observe(sampler.expected_patients)
             team.share_weights(engine.parameters)
             average_weights(average, model, step, config.average_decay)
 
@@ -113,7 +122,7 @@ def train_dpsgd(
 
             stop = interrupted()
             if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == plan.steps:
-                _save(folder, model, average, optimizer, plan, step + 1)
+                _save(folder, model, average, optimizer, plan, step + 1, canaries)
                 save_choices(folder, tuner.choices)
             if stop:
                 raise KeyboardInterrupt
@@ -235,18 +244,26 @@ def _save(
     optimizer: PatientDPOptimizer,
     plan: PrivacyPlan,
     step: int,
+    canaries: StepCanaries | None,
 ) -> None:
     tensors: dict[str, Tensor] = {f"weights/{n}": p for n, p in model.named_parameters() if n in average}
     tensors |= {f"average/{n}": t for n, t in average.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
+    if canaries is not None:
+        tensors |= {f"canaries/{n}": t for n, t in canaries.state().items()}
     save_checkpoint(folder, CHECKPOINT, tensors, _facts(plan, step))
 
 
 def _restore(
-    folder: Path, model: nn.Module, average: dict[str, Tensor], optimizer: PatientDPOptimizer, plan: PrivacyPlan
+    folder: Path,
+    model: nn.Module,
+    average: dict[str, Tensor],
+    optimizer: PatientDPOptimizer,
+    plan: PrivacyPlan,
+    canaries: StepCanaries | None,
 ) -> int:
-    """Load the checkpoint, where there is one, into the three and return the next step."""
+    """Load the checkpoint, where there is one, into all of these and return the next step."""
     found = load_checkpoint(folder, CHECKPOINT)
     if found is None:
         return 0
@@ -267,6 +284,8 @@ def _restore(
     for name, tensor in groups["optimizer"].items():
         index, _, key = name.partition("/")
         state.setdefault(int(index), {})[key] = tensor
+    if canaries is not None:
+        canaries.restore(groups.get("canaries", {}))
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step
 

@@ -99,8 +99,29 @@ def clip_rows(vectors: Tensor, radius: float) -> Tensor:
     return torch.where(torch.isfinite(norms), vectors, 0.0) / torch.clamp(norms.nan_to_num(posinf=1.0), min=radius)
 
 
+class Canaries(Protocol):
+    """Made-up patients that take part in every release, on coordinates of their own behind those released."""
+
+    def vectors(self) -> Iterator[tuple[Tensor, npt.NDArray[np.int64]]]:
+        """Yield contributions before any clip, one a scan (B, m), and whose they are, sorted, (B,)."""
+        ...
+
+    def saw(self, name: str, noised: Array) -> None:
+        """Look at what became of their coordinates (m,)."""
+
+
+def clipped_sum(vectors: Tensor, patient: npt.NDArray[np.int64]) -> Tensor:
+    """Return the sum over patients (D,) of averages over their scans' vectors (B, D), each of norm at most 1."""
+    return clip_rows(patient_average(vectors.double(), patient), 1.0).sum(0)
+
+
 def noisy_sum(
-    scans: Pass, contribution: Callable[[Batch], Tensor], noise_multiplier: float, noise: NoiseSource
+    scans: Pass,
+    contribution: Callable[[Batch], Tensor],
+    noise_multiplier: float,
+    noise: NoiseSource,
+    name: str = "",
+    canaries: Canaries | None = None,
 ) -> Array:
     """Release the sum over patients of `contribution`, averaged over each patient's scans, with Gaussian noise.
 
@@ -109,11 +130,17 @@ def noisy_sum(
     """
     total: Tensor | None = None
     for batch in scans:
-        vectors = clip_rows(patient_average(contribution(batch).double(), batch.patient), 1.0).sum(0)
+        vectors = clipped_sum(contribution(batch), batch.patient)
         total = vectors if total is None else total + vectors
     if total is None:
         raise ValueError("no patients")
-    return np.asarray(total.numpy() + noise_multiplier * noise.normal(len(total)), dtype=np.float64)
+    released = len(total)
+    if canaries is not None:
+        total = torch.cat([total, torch.stack([clipped_sum(*made_up) for made_up in canaries.vectors()]).sum(0)])
+    noised = np.asarray(total.numpy() + noise_multiplier * noise.normal(len(total)), dtype=np.float64)
+    if canaries is not None:
+        canaries.saw(name, noised[released:])
+    return noised[:released]
 
 
 def norm_buckets(norms: Tensor, size: int) -> Tensor:
@@ -152,6 +179,7 @@ def fit_moments(
     noise: NoiseSource,
     progress: Progress | None = None,
     part: type[LinearPart] = LinearPart,
+    canaries: Canaries | None = None,
 ) -> LinearPart:
     """Fit the linear part with five Gaussian releases named RELEASES, each with its own noise multiplier.
 
@@ -160,7 +188,7 @@ def fit_moments(
     become coefficients; another class is for sources that hold coefficients already.
     """
     steps: tuple[Callable[[_Fit], None], ...] = (_norms, _centre, _residual_norms, _means, _second)
-    fit = _Fit(Pass(source, patients), noise_multipliers, shapes, noise, part)
+    fit = _Fit(Pass(source, patients), noise_multipliers, shapes, noise, part, canaries)
     for done, step in enumerate(steps):
         step(fit)
         if progress is not None:
@@ -178,10 +206,11 @@ class _Fit:
         shapes: MomentShapes,
         noise: NoiseSource,
         part: type[LinearPart],
+        canaries: Canaries | None,
     ) -> None:
         space = scans.source.space
         self.scans, self.noise_multipliers, self.shapes, self.noise = scans, noise_multipliers, shapes, noise
-        self.space = space
+        self.space, self.canaries = space, canaries
         self.count = len(scans.patients)
         self.elements = space.channels * int(np.prod(space.spatial_shape))
         self.shell = shells(space.spatial_shape)
@@ -191,7 +220,8 @@ class _Fit:
         self.radius = self.full_radius = 0.0
 
     def release(self, name: str, contribution: Callable[[Batch], Tensor]) -> Array:
-        return noisy_sum(self.scans, contribution, self.noise_multipliers[name], self.noise)
+        multiplier = self.noise_multipliers[name]
+        return noisy_sum(self.scans, contribution, multiplier, self.noise, name, self.canaries)
 
     def residual(self, batch: Batch) -> Tensor:
         """Return the coefficients (B, C, *basis) of what the mean so far leaves over."""

@@ -3,10 +3,11 @@
 The order is the privacy argument. The plan is fixed from public numbers; `run.json` is written with the run's id; the
 ledger is charged for all of the plan; only then does a stage read a scan. Each leaves what resuming needs:
 
+    canary_commitment.json   digest of the canaries' coins; the coins themselves are private/canaries.json
     private/run.json         the run's id: resumed, it gets the same receipt and never a second charge
     private/moments.json     the closed-form stage is done and never read from again
     private/checkpoint.json  so many steps are done
-    model/, privacy.json     finished; privacy.json is written last
+    model/, canary.json, privacy.json    finished; privacy.json is written last
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from typing import Any
 import torch
 
 from medvae.config import TrainConfig
-from medvae.dp.ledger import Ledger, Receipt, open_ledger
+from medvae.dp.ledger import Ledger, Receipt
+from medvae.dp.ledger_place import ledger_facts, open_ledger
 from medvae.errors import BudgetExceeded, ConfigError, RunError
 from medvae.nets.build import build_model, make_card, state_arrays
 from medvae.nets.cvae import ConditionalVAE
 from medvae.synth.store import write_release
+from medvae.train.canary import RunCanaries, make_canaries
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint, write_json
 from medvae.train.claim import SCHEMA, privacy_claim
 from medvae.train.distributed import make_job
@@ -93,20 +96,28 @@ def train(
 
     ledger = open_ledger(cohort)
     with _open_run(out, facts, resume=resume) as run:
-        receipt = _charge(ledger, run, plan)
         randomness = make_randomness(config.noise_source, config.seed)
+        canaries = _canaries(plan, run, randomness)
+        receipt = _charge(ledger, run, plan, canaries)
         model = _initial_model(plan, store, config.seed)
         if plan.recipe.moments.enabled:
-            _moments_stage(model, plan, store, randomness, run)
+            _moments_stage(model, plan, store, randomness, run, canaries)
         if plan.recipe.dpsgd.enabled:
             team.begin(make_job(plan, facts, config.threads, str(device), randomness))
-            _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step, team)
-        return _finish(model.cpu(), plan, store, randomness, ledger, run, receipt, team.size)
+            _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step, team, canaries)
+        return _finish(model.cpu(), plan, store, randomness, ledger, run, receipt, team.size, canaries)
 
 
-def _charge(ledger: Ledger, run: RunFolder, plan: TrainPlan) -> Receipt:
+def _canaries(plan: TrainPlan, run: RunFolder, randomness: Randomness) -> RunCanaries | None:
+    scans = plan.recipe.dpsgd.scans_per_patient
+    return make_canaries(plan.privacy, plan.recipe.canaries, scans, run.path, randomness.source("canaries"))
+
+
+def _charge(ledger: Ledger, run: RunFolder, plan: TrainPlan, canaries: RunCanaries | None) -> Receipt:
+    """Charge the run; the ledger's note holds the digest of the canaries' coins, so they were tossed before."""
+    note = f"train {plan.recipe.name}" + (f"; canaries {canaries.commitment.digest}" if canaries else "")
     try:
-        return ledger.reserve(run.run_id, plan.privacy.mechanisms, plan.privacy.delta, f"train {plan.recipe.name}")
+        return ledger.reserve(run.run_id, plan.privacy.mechanisms, plan.privacy.delta, note)
     except BudgetExceeded:
         # Refused means nothing was begun.
         shutil.rmtree(run.path)
@@ -121,7 +132,12 @@ def _initial_model(plan: TrainPlan, store: CohortStore, seed: int) -> Conditiona
 
 
 def _moments_stage(
-    model: ConditionalVAE, plan: TrainPlan, store: CohortStore, randomness: Randomness, run: RunFolder
+    model: ConditionalVAE,
+    plan: TrainPlan,
+    store: CohortStore,
+    randomness: Randomness,
+    run: RunFolder,
+    canaries: RunCanaries | None,
 ) -> None:
     """Put the closed-form solution into the model's linear part: from the run's own file, or by releasing it once."""
     if model.linear is None:
@@ -129,6 +145,8 @@ def _moments_stage(
     done = load_checkpoint(run.private, MOMENTS)
     if done is not None:
         model.linear.load_state_dict(done[0])
+        if canaries is not None:
+            canaries.releases.restore(done[1].get("canaries", {}))
         return
     settings = plan.recipe.moments
     if settings.basis_shape is None or settings.coarse_shape is None or settings.spectrum_weight is None:
@@ -140,9 +158,13 @@ def _moments_stage(
         {m.name: m.noise_multiplier for m in charged},
         MomentShapes(settings.basis_shape, settings.coarse_shape, model.latent_dim, settings.spectrum_weight),
         noise=randomness.source(MOMENTS),
+        canaries=canaries.releases if canaries else None,
     )
     model.linear.load_state_dict(part.state_dict())
-    save_checkpoint(run.private, MOMENTS, part.state_dict(), {"spent": [m.to_json() for m in charged]})
+    facts: dict[str, Any] = {"spent": [m.to_json() for m in charged]}
+    if canaries is not None:
+        facts["canaries"] = canaries.releases.state()
+    save_checkpoint(run.private, MOMENTS, part.state_dict(), facts)
 
 
 def _dpsgd_stage(
@@ -154,6 +176,7 @@ def _dpsgd_stage(
     progress: Progress | None,
     on_step: OnStep | None,
     team: Team,
+    canaries: RunCanaries | None,
 ) -> None:
     settings = plan.recipe.dpsgd
     sampler = PatientSampler(store, store.patients("train"), plan.privacy.sample_rate, settings.scans_per_patient)
@@ -168,6 +191,7 @@ def _dpsgd_stage(
         progress=progress,
         on_step=on_step,
         team=team,
+        canaries=canaries.steps if canaries else None,
     )
 
 
@@ -180,6 +204,7 @@ def _finish(
     run: RunFolder,
     receipt: Receipt,
     processes: int,
+    canaries: RunCanaries | None,
 ) -> dict[str, Any]:
     """Write the model, commit, then write the claim: a folder with privacy.json is a finished run."""
     card = make_card(store.space, plan.recipe)
@@ -187,6 +212,9 @@ def _finish(
     _commit(ledger, run.run_id, f"weights {written['weights_sha256']}")
     claim = privacy_claim(plan.privacy, store.space, randomness, receipt, run.fingerprint, plan.warnings, plan.asked)
     claim["processes"] = processes
+    if canaries is not None:
+        binding = {"receipt_digest": receipt.digest, "weights_sha256": written["weights_sha256"]}
+        write_json(run.path / "canary.json", canaries.document(binding))
     write_json(run.path / "privacy.json", claim)
     return claim
 
@@ -253,7 +281,7 @@ def _run_facts(cohort: Path, config: TrainConfig, store: CohortStore) -> dict[st
     return {
         "schema": RUN_SCHEMA,
         "cohort": str(location),
-        "ledger": str(location / "ledger.db"),
+        **ledger_facts(location),
         "fingerprint": store.fingerprint(),
         "config": json.loads(config.model_dump_json()),
     }

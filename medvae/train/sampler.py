@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -34,12 +34,16 @@ class PatientSampler:
 
     Within a drawn patient at most `scans_per_patient` scans are chosen, uniformly and without replacement. That
     choice costs nothing: whatever it is, the patient contributes one clipped gradient.
+
+    canaries: made-up patients that are drawn beside the real ones, by the same coin tosses; no count of patients
+    includes them. Their ids are larger than any patient's.
     """
 
     store: Scans
     patients: IntArray
     sample_rate: float
     scans_per_patient: int
+    canaries: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def expected_patients(self) -> float:
@@ -53,7 +57,8 @@ class PatientSampler:
 
     def draw_patients(self, source: NoiseSource) -> list[IntArray]:
         """Return the rows of one step as one array a drawn patient, in the order of `load`."""
-        drawn = np.sort(self.patients[source.mask(len(self.patients), self.sample_rate)])
+        everyone = np.concatenate([self.patients, self.canaries])
+        drawn = np.sort(everyone[source.mask(len(everyone), self.sample_rate)])
         return [self._scans_of(patient, source) for patient in drawn]
 
     def load(self, rows: IntArray) -> Batch:

@@ -69,7 +69,7 @@ def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme):
     worst: list[float] = []
     original = moments.noisy_sum
 
-    def check(scans, contribution, noise_multiplier, noise):
+    def check(scans, contribution, noise_multiplier, noise, *_):
         full = original(scans, contribution, 0.0, noise)
         for left_out in everyone[:4]:
             neighbour = Pass(scans.source, everyone[everyone != left_out])
