@@ -163,7 +163,9 @@ def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: 
     """
     from medvae import tracking
     from medvae.audit.run import audit as score
+    from medvae.report.dossier import complete
     from medvae.report.render import render_report, require_pdf
+    from medvae.schemas import check
     from medvae.synth.staging import staged_folder
 
     config = config or AuditConfig()
@@ -171,9 +173,13 @@ def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: 
     require_pdf()
     with tracking.run("audit", config.model_dump(), private=True) as track:
         with staged_folder(out) as folder:
-            result: Result = score(run, folder, config, progress=progress)
+            score(run, folder, config, progress=progress)
             for side in ("internal", "public"):
-                render_report(_read(folder / side / "audit.json"), folder / side)
+                whole = complete(_read(folder / side / "audit.json"), run)
+                check("audit", whole)
+                _write(folder / side / "audit.json", whole)
+                render_report(whole, folder / side)
+            result: Result = _read(folder / "internal" / "audit.json")
         track.findings(result["findings"])
         track.artifact(out / "internal")  # figures included; this experiment is the team's own
     return result
@@ -229,7 +235,7 @@ def ledger(cohort: Path, *, budget: float | None = None, delta: float | None = N
     from medvae import tracking
     from medvae.dp.accounting import pld_epsilon
     from medvae.dp.delta import default_delta
-    from medvae.dp.ledger import open_ledger
+    from medvae.dp.ledger_place import open_ledger
     from medvae.dp.tradeoff import in_short
 
     fallback = default_delta(_training_patients(cohort))
@@ -345,6 +351,10 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def _must_be_new(out: Path) -> None:
     """Refuse an output folder in use before any work is done."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -366,7 +376,7 @@ def _training_patients(cohort: Path) -> int:
 def _set_budget(cohort: Path, budget: float, delta: float | None) -> None:
     """Set a budget at a delta that keeps to the rule for this cohort: at a large delta a budget is no limit."""
     from medvae.dp.delta import check_delta, default_delta
-    from medvae.dp.ledger import open_ledger
+    from medvae.dp.ledger_place import open_ledger
 
     patients = _training_patients(cohort)
     delta = delta or default_delta(patients)

@@ -22,9 +22,10 @@ def board_view(audit: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str, 
     canary = board.get("canary")
     tone, words = CANARY_WORDS.get(str(canary["verdict"]), NO_CANARY) if canary else NO_CANARY
     facts = _facts(audit, board, claim, words)
+    risks = [{**row, "title": sentence(row["kind"])} for row in board.get("risks") or ()]
     return {
-        "risks": [{**row, "first": i == 0 or _kind(board, i) != _kind(board, i - 1), "title": sentence(row["kind"])}
-                  for i, row in enumerate(board.get("risks") or ())],
+        "risks": risks,
+        "front_risks": _front(risks),
         "subgroup": board.get("subgroup"),
         "ladder": board.get("ladder") or {"rows": [], "words": ""},
         "ledger": board.get("ledger"),
@@ -69,8 +70,14 @@ def board_figures(audit: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _kind(board: Mapping[str, Any], i: int) -> str:
-    return str(board["risks"][i]["kind"])
+def _front(risks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One row a risk: the attack that found most; all of them are in the appendix."""
+    most: dict[str, Mapping[str, Any]] = {}
+    for row in risks:
+        best = most.get(row["kind"])
+        if best is None or (row["value"] or -1.0) > (best["value"] or -1.0):
+            most[row["kind"]] = row
+    return list(most.values())
 
 
 def _fault(board: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -67,7 +67,7 @@ def ledger(axes: Axes, data: Mapping[str, Any]) -> None:
     axes.set_ylim(0, 1.3 * max(limits))
     axes.set_ylabel("epsilon")
     axes.grid(False, axis="x")
-    axes.legend(loc="upper right" if len(rows) < 3 else "upper left", fontsize=6.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.1, columnspacing=1.2)
 
 
 def describe(kind: str, title: str, data: Mapping[str, Any]) -> str:

@@ -21,12 +21,16 @@ from medvae.gate.evidence import Spending, read_canary, read_spending
 from medvae.report.volumes import volumes
 from medvae.report.words import RESIDUAL_RISKS, SIGNATORIES
 from medvae.synth.store import read_release
-from medvae.types import Mechanism
+from medvae.types import Mechanism, ModelRelease
 
 REVIEW_MONTHS = 12
 BLIND_GUESS = 0.01  # the baseline of a risk that no attack measured
 LADDER_RATE = 0.1  # the rate of false accusations, chosen beforehand, from which an attack's epsilon is read
 REFUTED = "REFUTED"
+CANARY_RESULT = (
+    "part", "measurable", "accused", "confidence", "claimed_epsilon", "fdp_epsilon", "rates_epsilon", "gdp_epsilon",
+    "visible_noise_factor",
+)  # fmt: skip
 RISKS = {
     "singling out": "Can one patient be picked out by what the release shows?",
     "linkability": "Can two pieces of knowledge be tied to one patient, or a patient to the cohort?",
@@ -46,17 +50,18 @@ def complete(audit: Mapping[str, Any], run: Path) -> Json:
     internal = audit.get("audience") == "internal"
     attacks: Mapping[str, Any] = (audit.get("attacks") or {}) if internal else {}
     canary = _canary(run, claim, mechanisms)
+    release = read_release(run / "model")
     board = {
         "ladder": _ladder(claim, mechanisms, canary, attacks),
         "ledger": _ledger(read_spending(run, claim["delta"]), claim),
         "risks": _risks(claim, mechanisms, attacks),
         "subgroup": _worst(attacks.get("subgroups") or []),
         "canary": canary,
+        "model": _model(release),
         "residual_risks": list(RESIDUAL_RISKS),
         "review_date": _later(str(audit.get("created", ""))[:10]),
         "signatories": list(SIGNATORIES),
     }
-    release = read_release(run / "model")
     protected = claim["epsilon"] is not None and bool(claim["releasable"])
     viewer = volumes(release, "dp" if protected else "private") if protected or internal else None
     return {
@@ -82,14 +87,13 @@ def _canary(run: Path, claim: Mapping[str, Any], mechanisms: Sequence[Mechanism]
         found = canaries.judge(document, mechanisms, claim["delta"])
     except MedvaeError as error:
         return _unusable(str(error))
-    keys = ("part", "epsilon", "accused", "fdp_epsilon", "gdp_epsilon", "confidence", "visible_noise_factor")
     return {
         "provenance": "canary",
         "verdict": found.verdict,
         "count": document.get("count"),
-        "words": list(found.reasons),
-        "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in found.checks],
-        "results": [{k: _finite(row.get(k)) for k in keys} for row in found.results],
+        "words": [*found.reasons, *found.words],
+        "checks": [answer.to_json() for answer in found.answers],
+        "results": [{k: _finite(row.get(k)) for k in CANARY_RESULT} for row in found.results],
     }
 
 
@@ -110,7 +114,8 @@ def _ladder(
     if result is not None and epsilon is not None:
         share = f"{100 * (result.get('confidence') or 0.95):g} %"
         for key, label, words in (
-            ("fdp_epsilon", "found on canaries, f-DP", f"a lower bound that holds in {share} of audits"),
+            ("fdp_epsilon", "found on canaries, by guesses (f-DP)", f"a lower bound that holds in {share} of audits"),
+            ("rates_epsilon", "found on canaries, by error rates", f"a lower bound that holds in {share} of audits"),
             ("gdp_epsilon", "found on canaries, Gaussian", "a description, if the curve is Gaussian"),
         ):
             if result.get(key) is not None:
@@ -206,7 +211,7 @@ def _risks(claim: Mapping[str, Any], mechanisms: Sequence[Mechanism], attacks: M
                 {
                     "kind": kind,
                     "question": question,
-                    "evidence": f"attack: {risk['name']}" if risk else "by proof alone: no attack was run for this",
+                    "evidence": f"attack: {risk['name']}" if risk else "proof alone; no attack was run",
                     "provenance": "private" if risk else "public",
                     **{k: _finite(value.get(k)) for k in ("value", "low", "high", "n")},
                     "attack": _finite((risk.get("attack") or {}).get("value")),
@@ -237,6 +242,21 @@ def _worst(subgroups: Sequence[Mapping[str, Any]]) -> Json | None:
         "members": worst.get("members"),
         **{k: _finite(worst["auc"].get(k)) for k in ("value", "low", "high")},
         "verdict": str(worst.get("verdict") or ""),
+    }
+
+
+def _model(release: ModelRelease) -> Json:
+    """Return what the model card says in public: the images it makes, and how it was trained."""
+    space, recipe = release.space, release.card["recipe"]
+    stages = [name for name in ("moments", "dpsgd") if (recipe.get(name) or {}).get("enabled")]
+    return {
+        "images": f"{' x '.join(str(n) for n in space.spatial_shape)} voxels, modality {space.modality}",
+        "spacing_mm": list(space.spacing_mm),
+        "conditions": [c.name for c in space.conditions],
+        "mask_labels": list(space.mask_labels),
+        "recipe": str(recipe.get("name", "")),
+        "stages": stages,
+        "latent_dim": (recipe.get("model") or {}).get("latent_dim"),
     }
 
 

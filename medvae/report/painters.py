@@ -22,11 +22,11 @@ def paint(kind: str, data: Mapping[str, Any]) -> bytes:
     from matplotlib.figure import Figure
 
     painters: dict[str, tuple[Callable[[Axes, Mapping[str, Any]], None], tuple[float, float]]] = {
-        "curve": (_curve, (3.2, 2.25)),
+        "curve": (_curve, (3.35, 2.15)),
         "histogram": (_histogram, (2.5, 1.25)),
         "bars": (_bars, (3.5, 0.55 + 0.24 * len(bar_rows(data)) if kind == "bars" else 2.0)),
-        "ladder": (ladder, (3.35, 2.45)),
-        "ledger": (ledger, (3.35, 1.75)),
+        "ladder": (ladder, (3.35, 2.15)),
+        "ledger": (ledger, (3.35, 1.4)),
     }
     if kind not in painters:
         raise ValueError(f"unknown kind {kind!r}")

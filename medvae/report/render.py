@@ -17,6 +17,8 @@ from medvae.errors import MissingPart
 from medvae.report.view import audit_view, certificate_view, exact_or_text, moment, tone
 from medvae.report.words import EVIDENCE_NOTE, GLOSSARY, PROVENANCE, exact, number, sentence
 
+FRONT_PAGES = 2
+"""What a board reads; where it does not fit, it is set in smaller type."""
 TEMPLATES = Path(__file__).parent / "templates"
 FACES = (
     ("Report Sans", "normal", "normal", "DejaVuSans.ttf"),
@@ -109,11 +111,23 @@ def _pdf(html: str) -> bytes:
         font_config=fonts,
         url_fetcher=weasyprint.urls.URLFetcher(allowed_protocols={"file"}),
     )
-    document = weasyprint.HTML(string=html, url_fetcher=fetcher).render(font_config=fonts, stylesheets=[faces])
+
+    def laid_out(page: str) -> Any:
+        return weasyprint.HTML(string=page, url_fetcher=fetcher).render(font_config=fonts, stylesheets=[faces])
+
+    document = laid_out(html)
+    if _front_pages(document) > FRONT_PAGES:
+        document = laid_out(html.replace("<body>", '<body class="tight">', 1))
     content: bytes = document.write_pdf(
         pdf_variant="pdf/ua-1", pdf_identifier=hashlib.sha256(html.encode()).digest()[:16]
     )
     return content
+
+
+def _front_pages(document: Any) -> int:
+    """Count the pages before the appendix; 0 where there is none."""
+    starts = [place[0] for label, place, _, _ in document.make_bookmark_tree() if label == "Appendix"]
+    return int(starts[0]) if starts else 0
 
 
 def _faces() -> str:

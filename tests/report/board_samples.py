@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from medvae.report.words import RESIDUAL_RISKS
+
 SHAPE = (6, 8, 5)
 
 
@@ -17,9 +19,10 @@ def rung(label: str, epsilon: float, kind: str, provenance: str) -> dict[str, An
 
 def risk(kind: str, value: float | None, provenance: str, **more: Any) -> dict[str, Any]:
     row = {
-        "kind": kind, "question": f"Is {kind} possible?", "provenance": provenance, "value": value, "low": None,
+        "kind": kind, "question": f"Can {kind} be done by what this release shows?",
+        "provenance": provenance, "value": value, "low": None,
         "high": None, "n": None, "attack": None, "control": None, "blind_guess": 0.01, "proven_limit": 0.2434567,
-        "evidence": "by proof alone: no attack was run for this", "verdict": "limited by proof",
+        "evidence": "proof alone; no attack was run", "verdict": "limited by proof",
     }  # fmt: skip
     return row | more
 
@@ -53,7 +56,8 @@ def make_board(audience: str) -> dict[str, Any]:
             "low": 0.4612345, "high": 0.6612345, "verdict": "no better than guessing",
         }  # fmt: skip
     result = {
-        "part": "all", "epsilon": 7.998237461, "accused": False, "fdp_epsilon": 4.612345, "gdp_epsilon": 6.4012,
+        "part": "all", "measurable": True, "claimed_epsilon": 7.998237461, "rates_epsilon": 4.1234567,
+        "accused": False, "fdp_epsilon": 4.612345, "gdp_epsilon": 6.4012,
         "confidence": 0.95, "visible_noise_factor": 0.7712345,
     }  # fmt: skip
     return {
@@ -70,7 +74,7 @@ def make_board(audience: str) -> dict[str, Any]:
             "results": [result],
         },
         "model": {"modality": "MR", "spatial_shape": [32, 48, 32], "conditions": ["size"]},
-        "residual_risks": ["A patient filed under two identifiers counts as two and is protected less than stated."],
+        "residual_risks": list(RESIDUAL_RISKS),
         "review_date": "2027-01-05",
         "signatories": ["Data steward", "Data protection officer", "Clinical lead", "Chair of the board"],
     }
