@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from postgres_server import Server, programs
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -25,3 +26,15 @@ def test_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """Start a PostgreSQL server on loopback, or skip with a word where there is none."""
+    pytest.importorskip("psycopg", reason="the PostgreSQL driver is not here: pip install 'medvae-dp[postgres]'")
+    found = programs()
+    if found is None:
+        pytest.skip("PostgreSQL is not here: apt-get install postgresql")
+    server = Server(found)
+    yield server
+    server.remove()

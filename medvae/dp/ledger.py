@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from medvae.dp.accounting import canonical, check_delta_range, pld_epsilon
 from medvae.errors import BudgetExceeded, ConfigError, PrivacyError, RunError
@@ -86,17 +86,29 @@ class Entry:
         return all(m.noise_multiplier > 0 for m in self.mechanisms)
 
 
+class Memory(Protocol):
+    """What a cohort remembers of its ledger, outside of it."""
+
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Raise PrivacyError where these rows are not all that the ledger had before."""
+
+    def advance(self, receipt: Receipt) -> None:
+        """Remember that the ledger has this row."""
+
+
 class Ledger:
     """The ledger of one cohort; made where there is none yet.
 
-    location: a path of an SQLite file, or an SQLAlchemy URL; name: tells cohorts apart that share one database.
-    Many threads, processes and (on a database server) machines may use one ledger at once.
+    location: a path of an SQLite file, or a URL of SQLite or PostgreSQL; name: tells cohorts apart that share one
+    database; mark: remembers the ledger from outside. Many threads, processes and (with PostgreSQL) machines may use
+    one ledger at once. Raises RunError where the database cannot be used, PrivacyError where rows are missing.
     """
 
-    def __init__(self, location: str | Path, *, name: str = "cohort") -> None:
+    def __init__(self, location: str | Path, *, name: str = "cohort", mark: Memory | None = None) -> None:
         from medvae.dp.ledger_store import Store
 
         self._name = name
+        self._mark = mark
         self._store = Store(location)
         self._store.prepare(name)
         with self._store.reading(name) as rows:
@@ -105,6 +117,7 @@ class Ledger:
             with self._store.writing(name) as rows:
                 if not rows.rows():
                     _append(rows, "create", ledger_id=secrets.token_hex(16))
+        self._seen(self.events()[-1].receipt)
 
     def __repr__(self) -> str:
         return f"Ledger({self._name!r})"  # the URL may hold a password
@@ -123,7 +136,7 @@ class Ledger:
             raise ConfigError("a run is charged by name and by at least one mechanism: give both")
         private = all(m.noise_multiplier > 0 for m in planned)
         with self._store.writing(self._name) as rows:
-            entries = _verified(rows)
+            entries = self._verified(rows)
             known = _reservation(entries, run_id)
             if known is not None:
                 if (known.mechanisms, known.delta) != (planned, delta):
@@ -135,16 +148,20 @@ class Ledger:
                 _check_budget(entries, planned)
             else:
                 note = f"{NOT_PRIVATE}; {note}" if note else NOT_PRIVATE
-            return _append(rows, "reserve", run_id=run_id, mechanisms=planned, delta=delta, note=note)
+            receipt = _append(rows, "reserve", run_id=run_id, mechanisms=planned, delta=delta, note=note)
+        return self._seen(receipt)
 
     def commit(self, run_id: str, note: str = "") -> Receipt:
         """Record that a charged run ended; a second call changes nothing. Raises RunError for a run never charged."""
         with self._store.writing(self._name) as rows:
-            entries = _verified(rows)
+            entries = self._verified(rows)
             if _reservation(entries, run_id) is None:
                 raise RunError(f"run {run_id!r} was never charged: reserve its mechanisms before training")
             done = [e for e in entries if e.kind == "commit" and e.run_id == run_id]
-            return done[0].receipt if done else _append(rows, "commit", run_id=run_id, note=note)
+            if done:
+                return done[0].receipt
+            receipt = _append(rows, "commit", run_id=run_id, note=note)
+        return self._seen(receipt)
 
     def set_budget(self, epsilon: float | None, delta: float, note: str = "") -> Receipt:
         """Set the most that all runs together may spend, or lift the limit by None; the change is itself a row.
@@ -155,8 +172,9 @@ class Ledger:
         if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
             raise ConfigError(f"the budget is {epsilon}: give a finite epsilon above zero")
         with self._store.writing(self._name) as rows:
-            _verified(rows)
-            return _append(rows, "budget", delta=delta, budget=epsilon, note=note)
+            self._verified(rows)
+            receipt = _append(rows, "budget", delta=delta, budget=epsilon, note=note)
+        return self._seen(receipt)
 
     def budget(self) -> Budget | None:
         """Return the budget in force, or None where no limit was set."""
@@ -187,7 +205,7 @@ class Ledger:
         Raises PrivacyError where a row was altered, inserted or removed, or a receipt is of another ledger.
         """
         with self._store.reading(self._name) as rows:
-            entries = _verified(rows)
+            entries = self._verified(rows)
         held = {e.receipt for e in entries if e.kind in ("reserve", "commit")}
         for receipt in receipts:
             if receipt not in held:
@@ -196,33 +214,17 @@ class Ledger:
                 )
         return entries
 
+    def _verified(self, rows: Transaction) -> tuple[Entry, ...]:
+        entries = _verified(rows)
+        if self._mark is not None:
+            self._mark.check(entries)
+        return entries
 
-def open_ledger(cohort: Path) -> Ledger:
-    """Open the ledger in a cohort folder, made on first use.
-
-    ledger.id beside it remembers which ledger it is, so that a lost one is not taken for a cohort that never spent
-    anything. Raises PrivacyError where the ledger is gone or is another than before.
-    """
-    path, mark = cohort / "ledger.db", cohort / "ledger.id"
-    known = mark.read_text(encoding="utf-8").strip() if mark.exists() else None
-    gone = PrivacyError(
-        "the cohort's privacy ledger is gone or another lies in its place, so what was spent is not known: restore "
-        "ledger.db from a backup"
-    )
-    if known is not None and not path.is_file():
-        raise gone  # opening it would make an empty one
-    ledger = Ledger(path)
-    found = ledger.events()[0].receipt.ledger_id
-    if known is None:
-        partial = mark.with_name(f".{mark.name}.{secrets.token_hex(4)}")
-        try:
-            partial.write_text(found + "\n", encoding="utf-8")
-            partial.replace(mark)
-        finally:
-            partial.unlink(missing_ok=True)
-    elif known != found:
-        raise gone
-    return ledger
+    def _seen(self, receipt: Receipt) -> Receipt:
+        """Remember a row once the database has it for good; a crash before that remembers an earlier one."""
+        if self._mark is not None:
+            self._mark.advance(receipt)
+        return receipt
 
 
 def _append(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medvae.dp.ledger import Budget, Entry, Ledger, Receipt
+from medvae.dp.ledger import Budget, Entry, Receipt
+from medvae.dp.ledger_place import SHARED, ledger_of_run
 from medvae.errors import MedvaeError, NotReleasable, PrivacyError, RunError
 from medvae.schemas import version
 from medvae.synth.store import read_release
@@ -107,11 +108,11 @@ def read_spending(run: Path, delta: float) -> Spending:
     if not location:
         raise RunError("private/run.json names no ledger: the run was altered, train again")
     on_disk = location.removeprefix("sqlite:///")
-    if "://" not in on_disk and not Path(on_disk).is_file():
+    if location != SHARED and "://" not in on_disk and not Path(on_disk).is_file():
         # Opening it would make an empty one, and hide that the proof is gone.
         raise NotReleasable("receipt: the cohort's ledger is not where the run left it, so no receipt can be checked")
     try:
-        ledger = Ledger(location)
+        ledger = ledger_of_run(own)
         entries, budget = ledger.events(), ledger.budget()
         spent = ledger.spent(delta)
         against_budget = spent if budget is None else ledger.spent(budget.delta)

@@ -14,7 +14,8 @@ import pytest
 
 import medvae.dp.ledger as ledger_module
 from medvae.dp.accounting import gaussian_noise_for, pld_epsilon
-from medvae.dp.ledger import Budget, Ledger, Receipt, open_ledger
+from medvae.dp.ledger import Budget, Ledger, Receipt
+from medvae.dp.ledger_place import ADDRESS, open_ledger
 from medvae.errors import BudgetExceeded, ConfigError, PrivacyError, RunError
 from medvae.types import Mechanism
 
@@ -229,6 +230,11 @@ def test_a_clock_set_back_changes_nothing(path: Path, monkeypatch: pytest.Monkey
 # --- tampering --------------------------------------------------------------------------------------------------------
 
 
+def drop_triggers(raw: sqlite3.Connection) -> None:
+    for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        raw.execute(f"DROP TRIGGER {name}")
+
+
 def _filled(path: Path) -> list[Receipt]:
     ledger = Ledger(path)
     ledger.set_budget(10.0, DELTA)
@@ -243,6 +249,10 @@ def _filled(path: Path) -> list[Receipt]:
         "UPDATE medvae_ledger SET note = 'x' WHERE sequence = 2",
         "DELETE FROM medvae_ledger WHERE sequence = 6",
         "DELETE FROM medvae_ledger_head",
+        "UPDATE medvae_ledger_head SET sequence = 5",
+        "UPDATE medvae_ledger_head SET sequence = sequence + 1, name = 'other'",
+        "REPLACE INTO medvae_ledger SELECT name, 3, ledger_id, utc, run_id, kind, '[]', delta, budget, note, previous, "
+        "digest FROM medvae_ledger WHERE sequence = 3",
     ],
 )
 def test_the_database_itself_forbids_changes(path: Path, statement: str) -> None:
@@ -272,8 +282,7 @@ def test_the_database_itself_forbids_changes(path: Path, statement: str) -> None
 def test_an_altered_added_or_removed_row_is_seen(path: Path, statement: str) -> None:
     _filled(path)
     with sqlite3.connect(path) as raw:
-        for name in ("medvae_ledger_no_update", "medvae_ledger_no_delete", "medvae_ledger_head_no_delete"):
-            raw.execute(f"DROP TRIGGER {name}")
+        drop_triggers(raw)
         assert raw.execute(statement).rowcount > 0
     with pytest.raises(PrivacyError, match="restore the ledger"):
         Ledger(path).verify_chain()
@@ -342,4 +351,92 @@ def test_a_lost_ledger_is_not_taken_for_one_that_spent_nothing(tmp_path: Path) -
     assert not (tmp_path / "ledger.db").exists()
     Ledger(tmp_path / "ledger.db")
     with pytest.raises(PrivacyError, match="another"):
+        open_ledger(tmp_path)
+
+
+def test_a_ledger_set_back_to_an_older_copy_is_refused(tmp_path: Path) -> None:
+    """The chain of yesterday's backup is whole: only what the cohort remembers shows that rows are missing."""
+    ledger = open_ledger(tmp_path)
+    ledger.reserve("a", gaussian(1.0), DELTA)
+    backup = (tmp_path / "ledger.db").read_bytes()
+    ledger.reserve("b", gaussian(1.0), DELTA)
+    (tmp_path / "ledger.db").write_bytes(backup)
+    assert len(Ledger(tmp_path / "ledger.db").events()) == 2
+    for use in (lambda: open_ledger(tmp_path), lambda: ledger.spent(DELTA), lambda: ledger.commit("a")):
+        with pytest.raises(PrivacyError, match="set back: it had row 3"):
+            use()
+    assert not list(tmp_path.glob(".ledger.id*"))
+
+
+def test_a_row_that_was_swapped_for_another_is_refused(tmp_path: Path) -> None:
+    """Two copies of a cohort that went different ways: the one's ledger is not the other's."""
+    open_ledger(tmp_path).reserve("a", gaussian(1.0), DELTA)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("ledger.db", "ledger.id"):
+        (copy / name).write_bytes((tmp_path / name).read_bytes())
+    open_ledger(tmp_path).reserve("here", gaussian(1.0), DELTA)
+    open_ledger(copy).reserve("there", gaussian(1.0), DELTA)
+    (tmp_path / "ledger.db").write_bytes((copy / "ledger.db").read_bytes())
+    with pytest.raises(PrivacyError, match="set back"):
+        open_ledger(tmp_path)
+
+
+def test_a_crash_before_the_cohort_remembers_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    open_ledger(tmp_path).reserve("a", gaussian(1.0), DELTA)
+    Ledger(tmp_path / "ledger.db").reserve("b", gaussian(1.0), DELTA)  # charged, and then killed
+    assert len(open_ledger(tmp_path).events()) == 3
+    assert (tmp_path / "ledger.id").read_text().split()[1] == "3"
+
+
+def test_what_older_cohorts_remember_is_understood_and_torn_marks_are_refused(tmp_path: Path) -> None:
+    ledger_id = open_ledger(tmp_path).events()[0].receipt.ledger_id
+    (tmp_path / "ledger.id").write_text(ledger_id + "\n")
+    assert open_ledger(tmp_path).reserve("a", gaussian(1.0), DELTA).sequence == 2
+    (tmp_path / "ledger.id").write_text(f"{ledger_id} 2\n")
+    with pytest.raises(PrivacyError, match="torn"):
+        open_ledger(tmp_path)
+
+
+def test_a_full_disk_charges_and_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = open_ledger(tmp_path)
+
+    def full(_path: Path, _text: str, _encoding: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        ledger.reserve("a", gaussian(1.0), DELTA)
+    monkeypatch.undo()
+    assert [e.run_id for e in ledger.events() if e.kind == "reserve"] == ["a"]
+    ledger.reserve("a", gaussian(1.0), DELTA)
+    assert sum(e.kind == "reserve" for e in open_ledger(tmp_path).events()) == 1
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["postgresql://u:secret@h:port/d", "postgresql+psycopg://u:secret@127.0.0.1:1/d", "mysql://u:secret@h/d", "secret"],
+)
+def test_a_bad_address_is_one_sentence_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    (tmp_path / "key").write_bytes(bytes(32))
+    monkeypatch.setenv(ADDRESS, address)
+    with pytest.raises((ConfigError, RunError)) as caught:
+        open_ledger(tmp_path)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_kind_of_ledger_is_not_opened_as_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_ledger(tmp_path).reserve("a", gaussian(1.0), DELTA)
+    monkeypatch.setenv(ADDRESS, "postgresql://u@127.0.0.1:1/d")
+    with pytest.raises(PrivacyError, match="a ledger of its own"):
+        open_ledger(tmp_path)
+    (tmp_path / "ledger.db").unlink()
+    with pytest.raises(PrivacyError, match="a ledger of its own"):
+        open_ledger(tmp_path)
+    monkeypatch.delenv(ADDRESS)
+    (tmp_path / "ledger.id").write_text(f"{'0' * 32} 1 {'0' * 64} shared\n")
+    with pytest.raises(PrivacyError, match="a shared one: set MEDVAE_LEDGER"):
         open_ledger(tmp_path)
