@@ -21,7 +21,8 @@ from small_cohort import small_config, write_cohort
 import medvae.train.claim
 import medvae.train.run
 from medvae.crosscheck import prv_epsilon
-from medvae.dp.ledger import Ledger
+from medvae.dp.accounting import pld_epsilon
+from medvae.dp.ledger_place import open_ledger
 from medvae.dp.tradeoff import plain_words
 from medvae.train.planning import make_plan
 from medvae.train.run import train
@@ -79,7 +80,8 @@ def main(folder: Path, kills: int) -> None:
     finish(cohort, runs[-1])
 
     claims = [json.loads((run / "privacy.json").read_text()) for run in runs]
-    events = Ledger(cohort / "ledger.db").events()
+    ledger = open_ledger(cohort)
+    events = ledger.events()
     result = {
         "killed": killed,
         "steps": steps,
@@ -87,6 +89,8 @@ def main(folder: Path, kills: int) -> None:
         "runs": [claim["receipt"]["run_id"] for claim in claims],
         "charges": [e.run_id for e in events if e.kind == "reserve"],
         "commits": [e.run_id for e in events if e.kind == "commit"],
+        "spent": ledger.spent(claims[0]["delta"]),
+        "expected": pld_epsilon([m for e in events if e.kind == "reserve" for m in e.mechanisms], claims[0]["delta"]),
         "weights": [digest(run) for run in runs],
     }
     print(json.dumps(result))
