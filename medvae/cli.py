@@ -412,7 +412,9 @@ def run(argv: Sequence[str]) -> int:
         return fail("UsageError", " ".join(error.format_message().split()), 2, as_json)
     except OSError as error:
         if error.errno in DISK:
-            return fail("InputError", "the disk is full: free some space and run the command again", 2, as_json)
+            again = ", with --resume for a run that has begun" if "train" in argv else ""
+            message = f"the disk is full: free some space and run the command again{again}"
+            return fail("InputError", message, 2, as_json)
         if error.errno in RIGHTS:
             return fail(
                 "InputError", f"a file or folder cannot be used ({error.strerror}): check its rights", 2, as_json
