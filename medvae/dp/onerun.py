@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +35,8 @@ PLACES = (0.25, 0.5, 0.75)
 # Share of the canaries that the one-run estimators guess on: the surest, with scores farthest from 0.
 GUESS_SHARE = 0.06
 # Noise over the claim's, in the search for the claim that can just be refuted.
-SMALLEST_FACTOR, LARGEST_FACTOR, FAMILY_STEPS = 0.1, 20.0, 10
-_NODES = 400
+SMALLEST_FACTOR, LARGEST_FACTOR, FAMILY_STEPS = 0.1, 20.0, 9
+_NODES, _REACH = 400, 9.0
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def score_moments(
     noise_factor, signal: what the build really does, over what it claims.
     """
     z, sigma, q = mechanism.noise_multiplier, mechanism.noise_multiplier * noise_factor, mechanism.sample_rate
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
-    x, weights = 9.0 * nodes, weights * 9.0 * np.exp(-0.5 * (9.0 * nodes) ** 2) / math.sqrt(2 * math.pi)
+    x, weights = _quadrature()
     out, drawn = log_ratio(sigma * x, z, q), log_ratio(sigma * x + signal, z, q)
 
     def moments(first: Floats, share: float) -> tuple[float, float]:
@@ -85,6 +85,14 @@ def score_moments(
         return mechanism.count * mean, mechanism.count * square
 
     return moments(out, 0.0), moments(drawn, q)
+
+
+@cache
+def _quadrature() -> tuple[Floats, Floats]:
+    """Return nodes and weights for expectations under a standard normal, cut at 9 standard deviations."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    x = _REACH * nodes
+    return x, weights * _REACH * np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
 
 
 def thresholds(mechanisms: Sequence[Mechanism], places: Sequence[float] = PLACES) -> list[float]:
@@ -207,6 +215,17 @@ def estimates(
     """
     at, (guesses, right), canaries = thresholds(mechanisms), guess(scores, coins), len(scores)
     gdp = gdp_mu(scores, coins, at, level)
+    gaussian, by_mu = mu_epsilon(fdp_mu(canaries, guesses, right, level), delta), mu_epsilon(gdp, delta)
+    found = {
+        "fdp_epsilon": gaussian,
+        "rates_epsilon": by_mu,
+        "fdp_gaussian_epsilon": gaussian,
+        "gdp_mu": gdp,
+        "gdp_epsilon": by_mu,
+        "steinke_epsilon": steinke_epsilon(canaries, guesses, right, level, delta),
+    }
+    if all(m.sample_rate >= 1 for m in mechanisms):
+        return found  # the family is the Gaussian one
 
     def by_guesses(curve: Curve) -> bool:
         return too_right(lambda r: float(curve(np.asarray([1 - r]))[0]), canaries, guesses, right, level)
@@ -215,12 +234,9 @@ def estimates(
         return any(row.accuses for row in accusation(scores, coins, at, level, curve))
 
     return {
+        **found,
         "fdp_epsilon": _family_epsilon(mechanisms, delta, by_guesses),
         "rates_epsilon": _family_epsilon(mechanisms, delta, by_rates),
-        "fdp_gaussian_epsilon": mu_epsilon(fdp_mu(canaries, guesses, right, level), delta),
-        "gdp_mu": gdp,
-        "gdp_epsilon": mu_epsilon(gdp, delta),
-        "steinke_epsilon": steinke_epsilon(canaries, guesses, right, level, delta),
     }
 
 

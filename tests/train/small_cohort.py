@@ -46,6 +46,7 @@ def small_config(steps: int = 6, **changes: object) -> TrainConfig:
         "model": {"latent_dim": 2, "channels": (4,), "norm_groups": 2},
         "moments": {"basis_shape": (4, 4), "coarse_shape": (2, 2)},
         "dpsgd": {"enabled": True, "steps": steps, "sample_rate": 0.3, "checkpoint_every": 2, "learning_rate": 1e-3},
+        "canaries": {"count": 20},
     }
     values = {"dp_epsilon": 8.0, "recipe": recipe, "noise_source": "seeded", "threads": 1, "device": "cpu"}
     config: TrainConfig = build(TrainConfig, **{**values, **changes})

@@ -83,7 +83,13 @@ def test_private_statistics_stay_in_the_private_folder(cohort: Path, tmp_path: P
     planted = [repr(line[key]) for line in lines for key in ("loss", "median_norm") if line[key] is not None]
     assert planted
     public = [p for p in run.rglob("*") if p.is_file() and "private" not in p.relative_to(run).parts]
-    assert {p.name for p in public} == {"privacy.json", "weights.safetensors", "model.json"}
+    assert {p.name for p in public} == {
+        "canary.json",
+        "canary_commitment.json",
+        "privacy.json",
+        "weights.safetensors",
+        "model.json",
+    }
     for path in public:
         content = path.read_bytes()
         assert not any(value.encode() in content for value in planted)
@@ -213,15 +219,17 @@ def test_a_second_process_on_one_run_is_refused(cohort: Path, tmp_path: Path) ->
         train(cohort, run, small_config(), on_step=intrude)
 
 
-def test_ctrl_c_leaves_a_state_to_resume(cohort: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_state_to_resume(cohort: Path, tmp_path: Path, number: signal.Signals) -> None:
     def press(step: int, _stats: Mapping[str, float]) -> None:
         if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(2):  # a launcher may pass on what the terminal sent already
+                os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         train(cohort, tmp_path / "run", small_config(), on_step=press)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     facts = json.loads((tmp_path / "run" / "private" / "checkpoint.json").read_text())
     assert facts["step"] == 3
     assert facts["spent"][-1]["event"]["count"] == facts["step"]
