@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ Stage = Callable[[str], Progress | None]
 CLAIM = {"unit": "patient", "neighboring": "add-remove", "accountant": "pld"}
 DEFAULT_SHAPE = (64, 64)
 LADDER = (1.0, 2.0, 4.0, 8.0)
+AUDITS = Path("private") / "audits.json"
 DEFAULT_RUN = Path("run")
 DEFAULT_DEMO = Path("demo")
 
@@ -180,6 +182,7 @@ def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: 
                 _write(folder / side / "audit.json", whole)
                 render_report(whole, folder / side)
             result: Result = _read(folder / "internal" / "audit.json")
+        _remember_audit(run, out)
         track.findings(result["findings"])
         track.artifact(out / "internal")  # figures included; this experiment is the team's own
     return result
@@ -193,20 +196,28 @@ def release(
     report: Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Pass the gate and write a release folder; return a summary.
+    """Pass the gate and write a release folder; return a summary. Without a report, the run's latest audit is taken.
 
     Everything in the folder is post-processing of a differentially private model. Raises NotReleasable where a
     check of the gate fails.
     """
     from medvae import tracking
     from medvae.gate.release import release as write
-    from medvae.report.render import render_certificate, require_pdf
+    from medvae.report.render import render_certificate, render_report, require_pdf
 
     config = config or ReleaseConfig()
     _must_be_run(run)
     require_pdf()
     with tracking.run("release", config.model_dump(), private=False) as track:
-        result: Result = write(run, out, config, report=report, render=render_certificate, progress=progress)
+        result: Result = write(
+            run,
+            out,
+            config,
+            report=report or _latest_audit(run),
+            render=render_certificate,
+            render_audit=render_report,
+            progress=progress,
+        )
         track.metric("scans", config.count)
         track.artifact(out / "privacy")
         track.register(run / "model")
@@ -341,6 +352,21 @@ def _embedded_cohort(out: Path, stage: Stage) -> Path:
             write_scans(scans, stage("scans"))
         ingest(scans, cohort, ingest_config(scans / "table.csv"), progress=stage("ingest"))
     return cohort
+
+
+def _remember_audit(run: Path, report: Path) -> None:
+    """Note in the run's private folder where its latest audit is; a run that cannot be written to needs --report."""
+    with suppress(OSError):
+        _write(run / AUDITS, {"schema": "medvae.audits/1", "latest": str(report.resolve())})
+
+
+def _latest_audit(run: Path) -> Path | None:
+    """Return the report of the run's latest audit, where it is still there; the gate checks that it fits."""
+    try:
+        latest = Path(str(_read(run / AUDITS)["latest"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return latest if (latest / "public" / "audit.json").is_file() else None
 
 
 def _silent(title: str) -> None:

@@ -246,6 +246,10 @@ def audit(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="REPORT", help="Folder of the report to write.")],
     tier: Annotated[str | None, typer.Option(metavar="TIER", help="quick, standard or full.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster of your own for shadow models; scans are sent to it."),
+    ] = None,
     seed: Seed = None,
     as_json: Json = None,
     quiet: Quiet = None,
@@ -258,7 +262,7 @@ def audit(
     from medvae.config import AuditConfig, build
 
     with Console(as_json, quiet) as out:
-        config = build(AuditConfig, tier=tier, seed=seed)
+        config = build(AuditConfig, tier=tier, cluster=cluster, seed=seed)
         result = api.audit(run, output, config, progress=out.stage("audit"))
         out.result(result, words.audit(result, output))
 
@@ -275,9 +279,13 @@ def release(
         Path | None, typer.Option(metavar="FILE.csv", help="Table of conditions to make, one row a scan.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="REPORT", help="The audit of this run, to be cited and checked.")
+        Path | None, typer.Option(metavar="REPORT", help="The audit of this run; without it, its latest one.")
     ] = None,
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="Title of the data set.")] = None,
+    override: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="Release against a judgement of the audit; printed in the certificate."),
+    ] = None,
     key: Annotated[
         Path | None, typer.Option(metavar="FILE.pem", help="Ed25519 private key (PEM) to sign with.")
     ] = None,
@@ -294,7 +302,14 @@ def release(
 
     with Console(as_json, quiet) as out:
         config = build(
-            ReleaseConfig, count=count, formats=formats, conditions=conditions, title=title, key=key, seed=seed
+            ReleaseConfig,
+            count=count,
+            formats=formats,
+            conditions=conditions,
+            title=title,
+            key=key,
+            seed=seed,
+            override=override,
         )
         result = api.release(run, output, config, report=report, progress=out.stage("release"))
         out.result(result, words.release(result, output))

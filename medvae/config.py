@@ -137,8 +137,7 @@ class TrainConfig(Frozen):
         if len(given) != 1:
             told = f"{len(given)} privacy goals are given" if given else "no privacy goal is given"
             raise ValueError(
-                f"{told}: give exactly one of --dp-epsilon, --max-advantage and "
-                "--max-reid-risk (with --baseline)"
+                f"{told}: give exactly one of --dp-epsilon, --max-advantage and --max-reid-risk (with --baseline)"
             )
         if (self.max_reid_risk is None) != (self.baseline is None):
             raise ValueError(
@@ -154,12 +153,17 @@ class TrainConfig(Frozen):
 
 
 class AuditConfig(Frozen):
-    """What an audit measures and how long it may take."""
+    """What an audit measures and how long it may take.
+
+    cluster: address of a Ray cluster for shadow models ("local": Ray on this machine), or None for none. Scans are
+    sent to its machines, so they must be the hospital's own.
+    """
 
     tier: Literal["quick", "standard", "full"] = "quick"
     synthetic: Count = 500
     confidence: Probability = 0.95
     seed: int = 0
+    cluster: str | None = None
 
 
 class ReleaseConfig(Frozen):
@@ -171,6 +175,16 @@ class ReleaseConfig(Frozen):
     seed: int = 0
     title: str = "Synthetic medical images"
     key: Path | None = None
+    override: str | None = None
+
+    @field_validator("override")
+    @classmethod
+    def _reason(cls, value: str | None) -> str | None:
+        """A reason is printed in public, on one line."""
+        reason = None if value is None else " ".join(value.split())
+        if reason is not None and not 10 <= len(reason) <= 500:
+            raise ValueError("a reason for an override has 10 to 500 characters: say why, for readers of the release")
+        return reason
 
 
 def explain(error: ValidationError) -> ConfigError:

@@ -101,7 +101,11 @@ def audit(result: Result, report: Path) -> list[str]:
 
 def release(result: Result, folder: Path) -> list[str]:
     """What was written, and how others check it."""
-    return [f"release: {folder}", f"anyone can check it: medvae verify {folder}"]
+    lines = [claim(result), *_meaning(result)]
+    if result["override"] is not None:
+        lines += [f"OVERRIDDEN: {line}" for line in result["override"]["overridden"]]
+        lines.append(f"reason, printed in certificate and report: {result['override']['reason']}")
+    return [*lines, f"release: {folder}", f"anyone can check it: medvae verify {folder}"]
 
 
 def verify(result: Result) -> list[str]:

@@ -33,6 +33,7 @@ def readme(certificate: Mapping[str, Any], claim: str) -> str:
         f"{release['count']} synthetic medical images. **None shows a person**: each was drawn from a generator that "
         f"learned from patients' scans under differential privacy, with {claim}.",
         "",
+        *_override(certificate["override"]),
         "What that means:",
         "",
         *(f"- {line}" for line in certificate["plain_words"]),
@@ -60,6 +61,15 @@ def readme(certificate: Mapping[str, Any], claim: str) -> str:
         "alone shows that nothing changed since it was made, and not by whom: compare this key with one that the data "
         "holder published, or give theirs by `--public-key`.",
     )
+
+
+def _override(override: Mapping[str, Any] | None) -> list[str]:
+    """Say at the top that the gate was overridden, and why."""
+    if override is None:
+        return []
+    failed = [f"- {line}" for line in override["overridden"]]
+    return ["**Released against the gate**, on the data holder's own responsibility. Not passed:", "", *failed, "",
+            f"Reason on record: {override['reason']}", ""]  # fmt: skip
 
 
 def dataset_card(certificate: Mapping[str, Any], space: ImageSpace, claim: str) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 from medvae.dp import tradeoff
 from medvae.dp.noise import FLOATING_POINT
-from medvae.gate.checks import Check
 from medvae.gate.evidence import Evidence
+from medvae.gate.outcome import Check
 from medvae.schemas import version
 
 TOOL = {"name": "medvae-dp", "version": metadata.version("medvae-dp")}
@@ -76,11 +76,12 @@ def build(
     formats: Sequence[str],
     conditions: str,
     signer: Mapping[str, str],
+    override: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return certificate.json: the claim of the run, the cohort's spending, what the gate checked, who signed.
 
-    conditions: where the conditions came from, in words. Every value is taken by name from what is public; the run's
-    free text does not pass.
+    conditions: where the conditions came from, in words; override: of `outcome.overridden`. Every value is taken by
+    name from what is public; the run's free text does not pass.
     """
     privacy, spending, audit = evidence.privacy, evidence.spending, evidence.audit
     return {
@@ -99,6 +100,7 @@ def build(
         "plain_words": tradeoff.plain_words(privacy["epsilon"], privacy["delta"], evidence.mechanisms),
         "limits": list(LIMITS),
         "checks": [check.to_json() for check in checks],
+        "override": None if override is None else dict(override),
         "release": {"count": count, "formats": list(formats), "conditions": conditions},
         "audit": None if audit is None else {"decision": audit.decisions[0], "folder": "audit"},
         "software": software(privacy),

@@ -6,8 +6,7 @@ No check reads a scan or a private statistic: the run's public claim, its model 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,38 +16,32 @@ from medvae.crosscheck import SMALLEST_ERROR, agree
 from medvae.dp import tradeoff
 from medvae.dp.accounting import canonical
 from medvae.dp.delta import check_delta
-from medvae.errors import ConfigError, NotReleasable
+from medvae.errors import ConfigError
+from medvae.gate import findings
 from medvae.gate.evidence import Evidence
+from medvae.gate.outcome import Check as Check
+from medvae.gate.outcome import pass_all
 from medvae.schemas import problem
-from medvae.types import SHAREABLE, Mechanism
+from medvae.types import Mechanism
 
 EPSILON_TOLERANCE = 1e-6  # relative: rounding, and no more
 BOUND_TOLERANCE = 1e-4  # another version of the accountant may place its grid otherwise
 AGREEMENT = 0.01  # relative: how far two accountants may lie apart
 
 
-@dataclass(frozen=True)
-class Check:
-    """One answer of the gate or of a verifier."""
-
-    name: str
-    ok: bool
-    detail: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form used in certificates and by `medvae verify`."""
-        return {"name": self.name, "ok": self.ok, "detail": self.detail}
-
-
 def check_claim(privacy: Mapping[str, Any]) -> list[Check]:
     """Check privacy.json alone, before anything else of the run is opened; raises NotReleasable at the first breach."""
-    return _all(privacy, (_schema, _releasable, _noise, _unit))
+    return pass_all(privacy, (_schema, _releasable, _noise, _unit))
 
 
-def check_run(evidence: Evidence) -> list[Check]:
-    """Check model, accounting, receipt, budget and audit; raises NotReleasable at the first breach."""
-    checks = [_delta, _headline, _accountants, _receipt, _budget, _weights]
-    return _all(evidence, [*checks, _audit] if evidence.audit else checks)
+def check_run(evidence: Evidence, override: str | None = None) -> list[Check]:
+    """Check model, accounting, receipt, budget, canaries and audit; raises NotReleasable at the first breach.
+
+    override: the recorded reason for letting pass what is a judgement (`gate.findings`) and never a fact.
+    """
+    facts = (_delta, _headline, _accountants, _receipt, _budget, _weights)
+    audits = (findings.report, findings.canary, findings.attacks, findings.decision)
+    return pass_all(evidence, [*facts, *audits], override)
 
 
 def recompute(mechanisms: Sequence[Mechanism], claim: Mapping[str, Any]) -> Check:
@@ -94,16 +87,6 @@ def delta_rule(delta: float, patients: int) -> Check:
     except ConfigError as error:
         return Check("delta", False, str(error))
     return Check("delta", True, warnings[0] if warnings else f"{delta:.3g}, far below 1/patients ({1 / patients:.3g})")
-
-
-def _all(subject: Any, checks: Sequence[Callable[[Any], Check]]) -> list[Check]:
-    passed = []
-    for check in checks:
-        result = check(subject)
-        if not result.ok:
-            raise NotReleasable(f"the gate is closed: {result.name}: {result.detail}")
-        passed.append(result)
-    return passed
 
 
 def _schema(privacy: Mapping[str, Any]) -> Check:
@@ -178,22 +161,3 @@ def _weights(evidence: Evidence) -> Check:
     if not all(np.isfinite(w).all() for w in evidence.model.weights.values()):
         return Check("model", False, "some weights are not finite numbers: the training diverged")
     return Check("model", True, f"weights of SHA-256 {evidence.model.card['weights_sha256']}")
-
-
-def _audit(evidence: Evidence) -> Check:
-    """The audit must be of this very run and model, shareable, and not against the release."""
-    audit = evidence.audit
-    if audit is None:
-        return Check("audit", True, "no audit was given")
-    claim = audit.public.get("claim") or {}
-    provenances = {str(f.get("provenance")) for f in audit.public.get("findings", [])}
-    faults = {
-        "the report is of another run": claim.get("receipt_digest") != evidence.receipt.digest,
-        "the report is of another model, or older than it": (
-            claim.get("weights_sha256") != evidence.model.card["weights_sha256"]
-        ),
-        "the public report holds a private finding": not provenances <= SHAREABLE,
-        "the audit decided DO NOT RELEASE": any("DO NOT" in d.upper().replace("_", " ") for d in audit.decisions),
-    }
-    found = [words for words, wrong in faults.items() if wrong]
-    return Check("audit", not found, found[0] if found else f"of this run and model: {audit.decisions[0]}")

@@ -36,10 +36,20 @@ class Spending:
 
 @dataclass(frozen=True)
 class Audit:
-    """The public audit, and the decisions in words of the public report and, where it is there, the internal one."""
+    """The public audit, the internal one where it is there, and the decisions of both in words.
+
+    Of the internal one only its claim, its moment, its decision and the names of what was measured are looked at.
+    """
 
     public: Mapping[str, Any]
     decisions: tuple[str, ...]
+    internal: Mapping[str, Any] | None = None
+
+    @property
+    def findings(self) -> list[Mapping[str, Any]]:
+        """What was measured, by name, in the fuller of the two reports."""
+        found = (self.public if self.internal is None else self.internal).get("findings")
+        return [f for f in found if isinstance(f, Mapping)] if isinstance(found, list) else []
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Evidence:
     model: ModelRelease
     spending: Spending
     audit: Audit | None = None
+    canary: Mapping[str, Any] | None = None
 
     @property
     def mechanisms(self) -> tuple[Mechanism, ...]:
@@ -90,7 +101,7 @@ def read_evidence(run: Path, privacy: Mapping[str, Any], report: Path | None) ->
         raise RunError("model.json does not describe an image space: the run was altered, train again") from None
     spending = read_spending(run, privacy["delta"])
     audit = None if report is None else _read_audit(report)
-    return Evidence(privacy, model, spending, audit)
+    return Evidence(privacy, model, spending, audit, read_canary(run))
 
 
 def read_canary(run: Path) -> dict[str, Any] | None:
@@ -126,8 +137,9 @@ def _read_audit(report: Path) -> Audit:
     missing = "this folder is no report: make one with `medvae audit RUN -o REPORT`"
     public = _read_json(report / "public" / "audit.json", missing)
     internal = report / "internal" / "audit.json"
-    audits = [public] + ([_read_json(internal, missing)] if internal.exists() else [])
-    return Audit(public, tuple(_decision(a.get("decision")) for a in audits))
+    inside = _read_json(internal, missing) if internal.exists() else None
+    audits = [public] + ([] if inside is None else [inside])
+    return Audit(public, tuple(_decision(a.get("decision")) for a in audits), inside)
 
 
 def _decision(decision: Any) -> str:

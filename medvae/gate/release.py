@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from medvae.config import ReleaseConfig
 from medvae.errors import ConfigError, InputError
-from medvae.gate import bids, card, certificate, manifest, sign
-from medvae.gate.checks import Check, check_claim, check_run
+from medvae.gate import bids, canary, card, certificate, manifest, sign
+from medvae.gate.checks import check_claim, check_run
 from medvae.gate.croissant import croissant
 from medvae.gate.evidence import AUDIT_FILES, Evidence, read_evidence, read_privacy
+from medvae.gate.outcome import Check, overridden
 from medvae.schemas import check, version
 from medvae.synth import sample
 from medvae.synth.staging import staged_folder
@@ -44,12 +45,14 @@ def release(
     config: ReleaseConfig,
     report: Path | None = None,
     render: Render | None = None,
+    render_audit: Render | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Check a finished run and write the release folder `out`; return a summary.
 
     Guarantee: what is written is post-processing of a model that is (epsilon, delta)-DP as its certificate states.
-    render writes certificate.html and .pdf into a folder, from the certificate. `out` appears complete or not at all.
+    render writes certificate.html and .pdf into a folder, from the certificate; render_audit does so for a public
+    audit.json, which is printed anew where `config.override` let a check pass. `out` appears complete or not at all.
     Raises RunError for a run, report or `out` that cannot be used, ConfigError for a table or key that cannot, and
     NotReleasable, naming the check, where the gate stays closed.
     """
@@ -57,15 +60,19 @@ def release(
     privacy = read_privacy(run)
     checks = check_claim(privacy)
     evidence = read_evidence(run, privacy, report)
-    checks += check_run(evidence)
+    checks += check_run(evidence, config.override)
+    override = overridden(checks, config.override)
+    planted = canary.published(run, evidence.mechanisms, privacy["delta"])
     rows = _rows(config, evidence.space)
     key = sign.signing_key(config.key, run)
     with staged_folder(out.resolve()) as folder:
         _write_images(folder, evidence, rows, config, progress)
-        proof = _certificate(evidence, checks, config, key)
+        proof = _certificate(evidence, checks, config, key, override)
         _write_documents(folder, evidence, proof, rows, config, render)
+        if planted is not None:
+            _write_json(folder / canary.FILE, planted)
         if report is not None:
-            _copy_audit(report / "public", folder / "audit")
+            _copy_audit(report / "public", folder / "audit", override, render_audit)
         files = _seal(folder, proof, key)
     return {
         "count": config.count,
@@ -74,6 +81,8 @@ def release(
         "files": files,
         "key_id": proof["signer"]["key_id"],
         "checks": proof["checks"],
+        "override": proof["override"],
+        "plain_words": proof["plain_words"],
     }
 
 
@@ -139,7 +148,11 @@ def _must_fit(cohort: SyntheticCohort, space: ImageSpace, count: int) -> None:
 
 
 def _certificate(
-    evidence: Evidence, checks: Sequence[Check], config: ReleaseConfig, key: Ed25519PrivateKey
+    evidence: Evidence,
+    checks: Sequence[Check],
+    config: ReleaseConfig,
+    key: Ed25519PrivateKey,
+    override: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     public = key.public_key()
     proof = certificate.build(
@@ -149,6 +162,7 @@ def _certificate(
         count=config.count,
         formats=config.formats,
         conditions=UNIFORM_WORDS if config.conditions is None else TABLE_WORDS,
+        override=override,
         signer={"algorithm": "Ed25519", "key_id": sign.key_id(public), "public_key": sign.public_pem(public)},
     )
     check("certificate", proof)
@@ -207,9 +221,17 @@ def _provenance(evidence: Evidence, proof: Mapping[str, Any], config: ReleaseCon
     return data
 
 
-def _copy_audit(public: Path, target: Path) -> None:
-    """Copy the public report, by name: anything else in its folder stays behind."""
+def _copy_audit(public: Path, target: Path, override: Mapping[str, Any] | None, render: Render | None) -> None:
+    """Copy the public report, by name: anything else in its folder stays behind. An override is printed into it."""
     target.mkdir()
+    if override is not None:
+        audit = json.loads((public / AUDIT_FILES[0]).read_text(encoding="utf-8"))
+        audit["decision"] = {**audit["decision"], "override": dict(override)}
+        check("audit", audit)
+        _write_json(target / AUDIT_FILES[0], audit)
+        if render is not None:
+            render(audit, target)
+        return
     for name in AUDIT_FILES:
         if (public / name).is_file():
             shutil.copyfile(public / name, target / name)

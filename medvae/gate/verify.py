@@ -1,8 +1,8 @@
 """A third party's check of a release folder: no private data, no network, no model.
 
 In order: every file against SHA256SUMS, the signature over those sums, the certificate's form, the claim recomputed
-by two accountants, the bounds on attacks, the rule for delta, and the number of images. Every byte of the folder is
-under the signature or has one accepted form, so any changed bit fails.
+by two accountants, the bounds on attacks, the rule for delta, the number of images, and the statistics of the canaries.
+Every byte of the folder is under the signature or has one accepted form, so any changed bit fails.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from medvae.errors import ConfigError, MedvaeError, RunError, VerificationFailed
-from medvae.gate import certificate, manifest, sign
-from medvae.gate.checks import Check, bounds, delta_rule, headline, recompute
+from medvae.gate import canary, certificate, manifest, sign
+from medvae.gate.checks import bounds, delta_rule, headline, recompute
+from medvae.gate.outcome import Check
 from medvae.schemas import problem
 from medvae.types import Mechanism
 
@@ -62,6 +63,7 @@ def verify(release: Path, public_key: Path | None = None) -> dict[str, Any]:
         _bounds(proof["claim"]),
         delta_rule(proof["claim"]["delta"], proof["claim"]["patients"]),
         _count(release, proof["release"], sums),
+        *_canaries(release, proof["claim"], sums),
     ]
     for check in checks:
         if not check.ok:
@@ -122,7 +124,11 @@ def _form(proof: Mapping[str, Any]) -> Check:
     found = problem("certificate", proof)
     if found is not None:  # later checks rely on the form
         raise VerificationFailed(f"certificate: {found}")
-    return Check("certificate", True, "keeps to its schema, and every check of the gate had passed")
+    override = proof["override"]
+    gate = "every check of the gate had passed"
+    if override is not None:
+        gate = f"the gate was OVERRIDDEN by the data holder, against: {'; '.join(override['overridden'])}"
+    return Check("certificate", True, f"keeps to its schema, and {gate}")
 
 
 def _same_claim(statement: Mapping[str, Any], proof: Mapping[str, Any]) -> Check:
@@ -147,6 +153,17 @@ def _bounds(claim: Mapping[str, Any]) -> Check:
         return bounds(claim, _mechanisms(claim))
     except (MedvaeError, ValueError) as error:  # ValueError: the curve's two lists differ in length
         return Check("bounds", False, str(error))
+
+
+def _canaries(release: Path, claim: Mapping[str, Any], sums: Mapping[str, str]) -> list[Check]:
+    """Recompute the one-run audit, where the release holds one."""
+    if canary.FILE not in sums:
+        return []
+    try:
+        document = json.loads(_read(release, canary.FILE))
+    except ValueError:
+        raise VerificationFailed("canaries: canary.json is not readable as JSON") from None
+    return [canary.canary_check(document, claim, _mechanisms(claim))]
 
 
 def _count(release: Path, made: Mapping[str, Any], sums: Mapping[str, str]) -> Check:

@@ -27,6 +27,7 @@ REVIEW_MONTHS = 12
 BLIND_GUESS = 0.01  # the baseline of a risk that no attack measured
 LADDER_RATE = 0.1  # the rate of false accusations, chosen beforehand, from which an attack's epsilon is read
 REFUTED = "REFUTED"
+NO_CANARIES = "whether the programme does what the claim says: no canary audit gave a result on this run"
 CANARY_RESULT = (
     "part", "measurable", "accused", "confidence", "claimed_epsilon", "fdp_epsilon", "rates_epsilon", "gdp_epsilon",
     "visible_noise_factor",
@@ -64,8 +65,12 @@ def complete(audit: Mapping[str, Any], run: Path) -> Json:
     }
     protected = claim["epsilon"] is not None and bool(claim["releasable"])
     viewer = volumes(release, "dp" if protected else "private") if protected or internal else None
+    not_tested = [str(line) for line in audit.get("not_tested") or ()]
+    if canary is None or canary["verdict"] == "NOT_MEASURABLE":
+        not_tested.insert(0, NO_CANARIES)
     return {
         **audit,
+        "not_tested": not_tested,
         "summary": _summary(audit, attacks, canary),
         "decision": _decision(audit["decision"], canary),
         "board": board,

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hand_made_run import agree_once, build_run, edit_json, fake_generate, fake_render
+from hand_made_run import agree_once, build_run, edit_json, fake_generate, fake_render, release
 
 from medvae.config import ReleaseConfig
 from medvae.gate import checks
-from medvae.gate.release import release
 from medvae.synth import sample
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medvae.config import Recipe
+from medvae.config import CanaryConfig, Recipe, ReleaseConfig
 from medvae.crosscheck import Agreement, agree
 from medvae.dp.accounting import pld_epsilon
 from medvae.dp.ledger import Ledger
 from medvae.dp.tradeoff import plain_words
+from medvae.gate import release as gate
 from medvae.synth.store import write_release
 from medvae.types import Condition, ImageSpace, Intensity, Mechanism, ModelRelease, SyntheticCohort
 
@@ -64,7 +66,8 @@ def build_run(
     ledger = Ledger(book)
     receipt = ledger.reserve("run-7f3a", mechanisms, DELTA, note=PLANTED[0])
     weights = {"decoder.weight": np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)}
-    card = {"space": space.to_json(), "recipe": Recipe().model_dump(mode="json")}
+    recipe = Recipe(canaries=CanaryConfig(enabled=False)).model_dump(mode="json")
+    card = {"space": space.to_json(), "recipe": recipe}
     written = write_release(run / "model", model or ModelRelease(weights, card))
     if commit:
         ledger.commit("run-7f3a", f"weights {written['weights_sha256']}")
@@ -97,7 +100,54 @@ def build_run(
     )
     write_json(run / "private" / "run.json", {"cohort": PLANTED[2], "ledger": str(book), "config": {"who": PLANTED[0]}})
     (run / "private" / "losses.jsonl").write_text(f'{{"step": 1, "loss": 0.25, "patient": "{PLANTED[1]}"}}\n')
+    write_report(run)
     return run
+
+
+def release(run: Path, out: Path, config: ReleaseConfig, **given: Any) -> dict[str, Any]:
+    """The gate's release, with the audit that lies beside the run unless another or none is given."""
+    return gate.release(run, out, config, **{"report": run.parent / "report", **given})
+
+
+def audit_of(run: Path, audience: str = "public", **changes: Any) -> dict[str, Any]:
+    """A small audit of this run, made now, that its schema allows."""
+    privacy = json.loads((run / "privacy.json").read_text())
+    card = json.loads((run / "model" / "model.json").read_text())
+    own = ("epsilon", "delta", "unit", "neighboring", "accountant", "mechanisms", "releasable", "patients")
+    claim = {key: privacy.get(key) for key in own}
+    claim |= {"receipt_digest": privacy["receipt"]["digest"], "weights_sha256": card["weights_sha256"]}
+    empty = dict.fromkeys(("low", "high", "n", "baseline", "control"))
+    findings = [
+        {"name": "proven limit of membership advantage", "group": "privacy", "value": 0.3, "provenance": "public"},
+        {"name": "membership, likelihood, auc", "group": "privacy", "value": 0.51, "provenance": "private"},
+    ]
+    shown = findings[: 1 if audience == "public" else 2]
+    decision = {"verdict": "CONDITIONAL", "reasons": ["epsilon is a weak promise"], "provenance": "public"}
+    audit = {
+        "schema": "medvae.audit/1",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tool": {"name": "medvae-dp", "version": "0.1.0"},
+        "tier": "quick",
+        "settings": {},
+        "claim": claim,
+        "not_tested": [],
+        "audience": audience,
+        "findings": [{**f, **empty, "verdict": "seen"} for f in shown],
+        "figures": {},
+        "summary": [],
+        "decision": decision,
+    }
+    return {**audit, **changes}
+
+
+def write_report(run: Path, public: dict[str, Any] | None = None, internal: dict[str, Any] | None = None) -> Path:
+    """Write RUN/../report with both sides, and a planted note that must stay behind."""
+    report = run.parent / "report"
+    write_json(report / "public" / "audit.json", public or audit_of(run))
+    (report / "public" / "audit.html").write_text("<p>public</p>")
+    (report / "public" / "notes.txt").write_text(PLANTED[0])
+    write_json(report / "internal" / "audit.json", internal or audit_of(run, "internal"))
+    return report
 
 
 def fake_generate(model: ModelRelease, conditions: Any, seed: int, progress: Any = None, **_: Any) -> SyntheticCohort:

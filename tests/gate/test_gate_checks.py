@@ -16,7 +16,6 @@ from medvae.dp.accounting import pld_epsilon
 from medvae.dp.ledger import Ledger
 from medvae.errors import MedvaeError, NotReleasable, RunError
 from medvae.gate.checks import headline, recompute
-from medvae.gate.release import release
 from medvae.synth.store import write_release
 from medvae.types import Mechanism, ModelRelease
 
@@ -29,17 +28,17 @@ def refuse(run: Path, match: str, error: type[MedvaeError] = NotReleasable, **gi
     out = run.parent / "release"
     before = sorted(run.parent.iterdir())
     with pytest.raises(error, match=match) as caught:
-        release(run, out, given.pop("config", SMALL), render=hand.fake_render, **given)
+        hand.release(run, out, given.pop("config", SMALL), render=hand.fake_render, **given)
     assert sorted(run.parent.iterdir()) == before
     assert "\n" not in str(caught.value)
     assert not any(planted in str(caught.value) for planted in hand.PLANTED)
 
 
 def test_a_good_run_passes_and_every_check_is_told(run: Path) -> None:
-    summary = release(run, run.parent / "release", SMALL, render=hand.fake_render)
+    summary = hand.release(run, run.parent / "release", SMALL, render=hand.fake_render)
     assert {c["name"] for c in summary["checks"]} == {
         "privacy.json", "releasable", "noise source", "unit", "delta", "headline", "epsilon", "receipt", "budget",
-        "model",
+        "model", "audit", "canaries", "attacks", "decision",
     }  # fmt: skip
     assert all(c["ok"] for c in summary["checks"])
     assert summary["epsilon"] == pld_epsilon(hand.MECHANISMS, hand.DELTA)
@@ -144,7 +143,7 @@ def test_a_cohort_over_its_budget_is_refused(run: Path) -> None:
 def test_crashed_runs_count_in_the_cumulative_spending(run: Path) -> None:
     other = Mechanism("dpsgd", 1.0, 0.2, 10)
     Ledger(run.parent / "cohort" / "ledger.db").reserve("a crashed run", [other], hand.DELTA)
-    release(run, run.parent / "release", SMALL, render=hand.fake_render)
+    hand.release(run, run.parent / "release", SMALL, render=hand.fake_render)
     proof = json.loads((run.parent / "release/privacy/certificate.json").read_text())
     assert proof["cumulative"]["runs"] == 2
     assert proof["cumulative"]["epsilon"] == pld_epsilon([*hand.MECHANISMS, other], hand.DELTA)
@@ -193,64 +192,6 @@ def test_a_claim_that_lacks_a_part_is_refused(run: Path, key: str) -> None:
     del data[key]
     hand.write_json(run / "privacy.json", data)
     refuse(run, "privacy.json: ")
-
-
-def audit_of(run: Path, **changes: Any) -> dict[str, Any]:
-    privacy = json.loads((run / "privacy.json").read_text())
-    card = json.loads((run / "model" / "model.json").read_text())
-    claim = {"receipt_digest": privacy["receipt"]["digest"], "weights_sha256": card["weights_sha256"]}
-    finding = {"name": "proven advantage", "group": "privacy", "value": 0.3, "provenance": "public"}
-    data = {"schema": "medvae.audit/1", "claim": claim, "findings": [finding], "decision": {"verdict": "CONDITIONAL"}}
-    return {**data, **changes}
-
-
-def write_report(run: Path, public: dict[str, Any], internal: dict[str, Any] | None = None) -> Path:
-    report = run.parent / "report"
-    hand.write_json(report / "public" / "audit.json", public)
-    (report / "public" / "audit.html").write_text("<p>public</p>")
-    (report / "public" / "notes.txt").write_text(hand.PLANTED[0])
-    hand.write_json(report / "internal" / "audit.json", internal or public)
-    return report
-
-
-def test_the_public_report_goes_along_by_name(run: Path) -> None:
-    report = write_report(run, audit_of(run))
-    out = run.parent / "release"
-    summary = release(run, out, SMALL, report=report, render=hand.fake_render)
-    assert sorted(p.name for p in (out / "audit").iterdir()) == ["audit.html", "audit.json"]
-    assert json.loads((out / "privacy/certificate.json").read_text())["audit"]["decision"] == "CONDITIONAL"
-    assert "audit" in {c["name"] for c in summary["checks"]}
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"claim": {"receipt_digest": "0" * 64}}, "of another run"),
-        ({"claim": {}}, "of another run"),
-        ({"decision": "DO NOT RELEASE"}, "DO NOT RELEASE"),
-        ({"decision": {"verdict": "DO_NOT_RELEASE"}}, "DO NOT RELEASE"),
-        ({"findings": [{"name": "auc", "provenance": "private"}]}, "private finding"),
-        ({"findings": [{"name": "auc"}]}, "private finding"),
-    ],
-)
-def test_a_report_that_does_not_fit_is_refused(run: Path, changes: dict[str, Any], reason: str) -> None:
-    report = write_report(run, audit_of(run, **changes))
-    refuse(run, reason, report=report)
-
-
-def test_a_report_of_an_older_model_is_refused(run: Path) -> None:
-    public = audit_of(run)
-    public["claim"]["weights_sha256"] = "1" * 64
-    refuse(run, "older", report=write_report(run, public))
-
-
-def test_the_internal_decision_closes_the_gate_too(run: Path) -> None:
-    report = write_report(run, audit_of(run), audit_of(run, decision={"verdict": "DO NOT RELEASE"}))
-    refuse(run, "DO NOT RELEASE", report=report)
-
-
-def test_a_folder_that_is_no_report_is_bad_input(run: Path) -> None:
-    refuse(run, "no report", RunError, report=run.parent / "cohort")
 
 
 def test_two_accountants_agree_and_a_wrong_claim_does_not_pass() -> None:

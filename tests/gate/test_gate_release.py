@@ -20,11 +20,10 @@ import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from medvae.config import Recipe, ReleaseConfig
+from medvae.config import CanaryConfig, Recipe, ReleaseConfig
 from medvae.errors import ConfigError, MedvaeError, RunError
 from medvae.gate import bids, card, certificate, manifest, sign
 from medvae.gate import release as gate
-from medvae.gate.release import release
 from medvae.gate.verify import verify
 from medvae.schemas import problem
 from medvae.types import Condition, ImageSpace, Intensity, ModelRelease
@@ -50,13 +49,13 @@ def tool(name: str) -> str:
 
 
 def test_the_folder_is_as_the_contract_says(base_release: Path) -> None:
-    assert {p.name for p in base_release.iterdir()} == CONTRACT | {".bidsignore"}
+    assert {p.name for p in base_release.iterdir()} == CONTRACT | {".bidsignore", "audit"}
     assert {p.name for p in (base_release / "privacy").iterdir()} == {
         "certificate.json",
         "certificate.html",
         "certificate.pdf",
     }
-    assert not (base_release / "audit").exists()
+    assert {p.name for p in (base_release / "audit").iterdir()} == {"audit.html", "audit.json"}
 
 
 @pytest.mark.parametrize("name", ["certificate", "provenance"])
@@ -154,7 +153,7 @@ def test_bids_validates_at_the_root_and_in_nifti(base_release: Path) -> None:
 def test_bids_validates_where_bids_has_no_modality(tmp_path: Path) -> None:
     space = ImageSpace((12, 9), (1.0, 1.0), "CT", Intensity("window", -1000, 400), ())
     run = hand.build_run(tmp_path / "ct", space=space)
-    release(run, tmp_path / "release", ReleaseConfig(count=2, formats=("nifti", "png")), render=hand.fake_render)
+    hand.release(run, tmp_path / "release", ReleaseConfig(count=2, formats=("nifti", "png")), render=hand.fake_render)
     assert bids_errors(tmp_path / "release")[0] == []
     assert bids_errors(tmp_path / "release" / "nifti")[0] == []
     verify(tmp_path / "release")
@@ -168,7 +167,7 @@ def test_the_citation_and_the_card_are_yaml(base_release: Path) -> None:
 
 def test_a_title_cannot_break_a_file(run: Path, tmp_path: Path) -> None:
     title = 'A "quoted": title\n# with: [a line], <b>\ttab'
-    release(run, tmp_path / "out", ReleaseConfig(count=2, formats=("npz",), title=title), render=hand.fake_render)
+    hand.release(run, tmp_path / "out", ReleaseConfig(count=2, formats=("npz",), title=title), render=hand.fake_render)
     assert yaml.safe_load((tmp_path / "out/CITATION.cff").read_text())["title"] == " ".join(title.split())
     verify(tmp_path / "out")
 
@@ -185,7 +184,7 @@ def test_a_table_of_conditions_is_repeated_and_other_columns_stay_behind(run: Pa
     table = tmp_path / "table.csv"
     table.write_text(f"patient,age,size_class\n{hand.PLANTED[0]},30,small\n{hand.PLANTED[0]},60.5,large\n")
     config = ReleaseConfig(count=5, formats=("npz",), conditions=table)
-    release(run, tmp_path / "out", config, render=hand.fake_render)
+    hand.release(run, tmp_path / "out", config, render=hand.fake_render)
     rows = [r.split("\t")[1:] for r in (tmp_path / "out/participants.tsv").read_text().splitlines()[1:]]
     assert rows == [["small", "30"], ["large", "60.5"], ["small", "30"], ["large", "60.5"], ["small", "30"]]
     assert "given by the data holder" in read(tmp_path / "out/privacy/certificate.json")["release"]["conditions"]
@@ -209,7 +208,7 @@ def test_a_bad_table_is_one_sentence_and_repeats_no_value(run: Path, tmp_path: P
     table = tmp_path / "table.csv"
     table.write_text(text)
     with pytest.raises(ConfigError, match=reason) as caught:
-        release(run, tmp_path / "out", ReleaseConfig(count=2, conditions=table))
+        hand.release(run, tmp_path / "out", ReleaseConfig(count=2, conditions=table))
     assert "JANSEN" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -218,7 +217,7 @@ def test_a_used_folder_is_refused_and_left_alone(run: Path, tmp_path: Path) -> N
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty"):
-        release(run, tmp_path / "out", SMALL)
+        hand.release(run, tmp_path / "out", SMALL)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
@@ -226,7 +225,7 @@ def test_an_empty_folder_and_the_remains_of_a_crash_are_no_hindrance(run: Path, 
     (tmp_path / "out").mkdir()
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "torn.npz").write_bytes(b"torn")
-    release(run, tmp_path / "out", SMALL, render=hand.fake_render)
+    hand.release(run, tmp_path / "out", SMALL, render=hand.fake_render)
     assert not (tmp_path / ".out.partial").exists()
     verify(tmp_path / "out")
 
@@ -275,14 +274,10 @@ def test_nothing_half_written_after_a_failure_anywhere(
         monkeypatch.setitem(place, name, fail)
     else:
         monkeypatch.setattr(place, name, fail)
-    report = tmp_path / "report"
-    privacy, model = read(run / "privacy.json"), read(run / "model" / "model.json")
-    claim = {"receipt_digest": privacy["receipt"]["digest"], "weights_sha256": model["weights_sha256"]}
-    hand.write_json(report / "public" / "audit.json", {"claim": claim, "findings": [], "decision": "RELEASE"})
     before = sorted(p.name for p in tmp_path.iterdir())
     formats = ("npz", stage) if stage in gate.WRITERS else ("npz",)
     with pytest.raises(type(error)):
-        release(run, tmp_path / "out", ReleaseConfig(count=1, formats=formats), report=report, render=hand.fake_render)
+        hand.release(run, tmp_path / "out", ReleaseConfig(count=1, formats=formats), render=hand.fake_render)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -292,14 +287,14 @@ def test_a_model_that_makes_other_shapes_is_refused(run: Path, tmp_path: Path, m
 
     monkeypatch.setattr(gate.sample, "generate", fewer)
     with pytest.raises(MedvaeError, match="shape"):
-        release(run, tmp_path / "out", SMALL)
+        hand.release(run, tmp_path / "out", SMALL)
     assert not (tmp_path / "out").exists()
 
 
 def test_progress_reaches_its_end_and_never_goes_back(run: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     config = ReleaseConfig(count=3, formats=("nifti", "png", "npz"))
-    release(run, tmp_path / "out", config, render=hand.fake_render, progress=lambda *step: seen.append(step))
+    hand.release(run, tmp_path / "out", config, render=hand.fake_render, progress=lambda *step: seen.append(step))
     assert [d for d, _ in seen] == sorted(d for d, _ in seen)
     assert seen[-1] == (12, 12)
 
@@ -346,7 +341,7 @@ def test_the_search_finds_what_is_planted(released: Path) -> None:
 
 def test_free_text_of_the_run_does_not_pass(run: Path, tmp_path: Path, edit_privacy: Callable[..., None]) -> None:
     edit_privacy(warnings=[hand.PLANTED[0]], plain_words=[hand.PLANTED[1]], note=hand.PLANTED[0])
-    release(run, tmp_path / "out", SMALL, render=hand.fake_render)
+    hand.release(run, tmp_path / "out", SMALL, render=hand.fake_render)
     assert found_in(tmp_path / "out", list(hand.PLANTED)) == []
 
 
@@ -357,8 +352,8 @@ def pem(key: Any) -> bytes:
 
 
 def test_the_runs_own_key_is_made_once_and_stays_private(run: Path, tmp_path: Path) -> None:
-    first = release(run, tmp_path / "a", SMALL, render=hand.fake_render)
-    second = release(run, tmp_path / "b", SMALL, render=hand.fake_render)
+    first = hand.release(run, tmp_path / "a", SMALL, render=hand.fake_render)
+    second = hand.release(run, tmp_path / "b", SMALL, render=hand.fake_render)
     assert first["key_id"] == second["key_id"]
     own = run / "private" / "signing_key.pem"
     assert own.stat().st_mode & 0o777 == 0o600
@@ -373,9 +368,9 @@ def test_a_given_key_signs_and_the_variable_stands_in_for_it(
     (tmp_path / "key.pem").write_bytes(pem(key))
     (tmp_path / "other.pem").write_bytes(pem(other))
     monkeypatch.setenv(sign.KEY_VARIABLE, str(tmp_path / "other.pem"))
-    by_variable = release(run, tmp_path / "a", SMALL, render=hand.fake_render)
+    by_variable = hand.release(run, tmp_path / "a", SMALL, render=hand.fake_render)
     given = SMALL.model_copy(update={"key": tmp_path / "key.pem"})
-    by_config = release(run, tmp_path / "b", given, render=hand.fake_render)
+    by_config = hand.release(run, tmp_path / "b", given, render=hand.fake_render)
     assert by_variable["key_id"] == sign.key_id(other.public_key())
     assert by_config["key_id"] == sign.key_id(key.public_key())
     assert not (run / "private" / "signing_key.pem").exists()
@@ -389,16 +384,16 @@ def test_a_run_that_cannot_be_written_asks_for_a_key(
 
     monkeypatch.setattr(sign, "_write_private", refused)
     with pytest.raises(ConfigError, match="MEDVAE_SIGNING_KEY"):
-        release(run, tmp_path / "out", SMALL)
+        hand.release(run, tmp_path / "out", SMALL)
 
 
 @pytest.mark.parametrize("content", [b"", b"no key", pem(ec.generate_private_key(ec.SECP256R1()))])
 def test_a_key_that_cannot_sign_is_bad_input(run: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key.pem").write_bytes(content)
     with pytest.raises(ConfigError, match="signing key"):
-        release(run, tmp_path / "out", SMALL.model_copy(update={"key": tmp_path / "key.pem"}))
+        hand.release(run, tmp_path / "out", SMALL.model_copy(update={"key": tmp_path / "key.pem"}))
     with pytest.raises(ConfigError, match="signing key"):
-        release(run, tmp_path / "out", SMALL.model_copy(update={"key": tmp_path / "missing.pem"}))
+        hand.release(run, tmp_path / "out", SMALL.model_copy(update={"key": tmp_path / "missing.pem"}))
     assert not (tmp_path / "out").exists()
 
 
@@ -412,13 +407,13 @@ def test_a_real_model_makes_the_same_images_from_the_same_seed(tmp_path: Path) -
     space = ImageSpace(
         (16, 16), (1.0, 1.0), "MR", Intensity("percentile", 1, 99), (Condition("kind", "class", ("a", "b")),)
     )
-    recipe = resolve(Recipe(), 50, space)
+    recipe = resolve(Recipe(canaries=CanaryConfig(enabled=False)), 50, space)
     torch.manual_seed(0)
     model = ModelRelease(state_arrays(build_model(space, recipe)), make_card(space, recipe))
     run = hand.build_run(tmp_path / "real", space=space, model=model)
     digests = []
     for name in ("a", "b"):
-        release(run, tmp_path / name, ReleaseConfig(count=4, formats=("npz",), seed=3), render=hand.fake_render)
+        hand.release(run, tmp_path / name, ReleaseConfig(count=4, formats=("npz",), seed=3), render=hand.fake_render)
         verify(tmp_path / name)
         with np.load(tmp_path / name / "cohort.npz", allow_pickle=False) as arrays:
             assert arrays["images"].shape == (4, 16, 16)

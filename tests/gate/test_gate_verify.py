@@ -209,9 +209,8 @@ def test_a_statement_of_other_subjects_or_another_claim_fails(released: Path) ->
 
 def test_a_signature_from_another_release_fails(released: Path, base_run: Path, tmp_path: Path) -> None:
     from medvae.config import ReleaseConfig
-    from medvae.gate.release import release
 
-    release(base_run, tmp_path / "other", ReleaseConfig(count=2), render=hand.fake_render)
+    hand.release(base_run, tmp_path / "other", ReleaseConfig(count=2), render=hand.fake_render)
     shutil.copyfile(tmp_path / "other" / "statement.dsse.json", released / "statement.dsse.json")
     fail(released, "^statement: ")
 
