@@ -86,6 +86,10 @@ class Server:
             self._process.wait(30)
             self._process = None
 
+    def make_standby(self) -> None:
+        """Let the next start wait for a primary that never speaks: it only reads."""
+        (self.folder / "data" / "standby.signal").touch(mode=0o644)
+
     def remove(self) -> None:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -167,14 +167,14 @@ def _one_sentence() -> Iterator[None]:
 def _sentence(text: str) -> InputError:
     if "locked" in text or "lock timeout" in text:
         return RunError("the ledger is held by another run for too long: try again")
-    if "full" in text or "no space left" in text:
+    if "is full" in text or "no space left" in text:
         return InputError("the disk is full, and the ledger was left as it was: free some space")
-    if "readonly" in text or "unable to open" in text or "permission denied" in text:
+    if any(word in text for word in ("readonly", "read-only", "unable to open", "permission denied")):
         return RunError(
             "the ledger cannot be opened for writing: check that its folder is there and yours, or the rights of "
             "the database's user"
         )
-    if any(word in text for word in ("authentication", "role", "no pg_hba", 'database "')):
+    if any(word in text for word in ("authentication", 'role "', "no pg_hba", 'database "')):
         return RunError("the ledger's database does not let this user in: check user, password and database")
     if any(word in text for word in ("connect", "terminat", "timeout", "timed out", "server closed", "resolve", "ssl")):
         return RunError(

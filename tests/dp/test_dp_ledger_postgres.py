@@ -274,6 +274,20 @@ def test_a_ledger_that_goes_away_is_one_sentence(
         own.remove()
 
 
+def test_a_standby_server_is_refused(postgres: Server) -> None:
+    """It may lag behind the primary, and would show less than was spent."""
+    own = Server(postgres.programs)
+    try:
+        Ledger(own.url()).reserve("a", COSTLY, DELTA)
+        own.stop()
+        own.make_standby()
+        own.start()
+        with pytest.raises(RunError, match="standby server: give the primary's"):
+            Ledger(own.url())
+    finally:
+        own.remove()
+
+
 def test_a_trainer_that_hangs_in_the_middle_holds_the_ledger_only_so_long(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

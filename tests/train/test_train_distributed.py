@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -142,6 +143,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Res
         {**cut, "as": "cut-3", "processes": 3, "stop": 3},
         {**cut, "as": "cut-1", "processes": 1, "stop": 6, "resume": True},
         {**cut, "as": "cut-2", "processes": 2, "resume": True},
+        *({"name": f"plain-{n}", "processes": n, "config": {**settings_of(4), "dp_epsilon": math.inf}} for n in (1, 2)),
         {"name": "shorter", "processes": 1, "config": settings_of(STEPS - 1)},
         *({**one_step, "name": f"noise-{n}", "processes": n} for n in (1, 2, 3)),
         {**one_step, "name": "noisy", "processes": 2, "noisy": True},
@@ -166,6 +168,22 @@ def test_weights_equal_those_of_one_process(teams: tuple[Path, dict[str, Results
     said = results[f"run-{processes}"]["said"]
     assert all(s["claim"] == said[0]["claim"] for s in said)
     assert said[0]["claim"]["processes"] == processes
+
+
+def test_a_comparison_without_noise_equals_that_of_one_process(teams: tuple[Path, dict[str, Results]]) -> None:
+    folder, results = teams
+    assert results["plain-2"]["codes"] == [0, 0]
+    assert distance(folder / "plain-1", folder / "plain-2") < 1e-4
+
+
+@pytest.mark.parametrize("run", ["run-2", "run-3", "cut"])
+def test_the_log_says_the_same_of_each_step(teams: tuple[Path, dict[str, Results]], run: str) -> None:
+    folder, _ = teams
+    logs = [(folder / name / "private" / "losses.jsonl").read_text().splitlines() for name in ("run-1", run)]
+    assert len(logs[0]) == len(logs[1]) == STEPS
+    for alone, together in (map(json.loads, lines) for lines in zip(*logs, strict=True)):
+        for key in ("step", "patients", "scans", "loss", "clipped", "median_norm"):
+            assert together[key] == pytest.approx(alone[key], rel=1e-3), key
 
 
 def test_another_run_has_other_weights(teams: tuple[Path, dict[str, Results]]) -> None:
