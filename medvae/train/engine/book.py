@@ -6,20 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from medvae.train.engine.segments import Segments
-from medvae.train.engine.strategies import SMALL, Found, Rows, squared_norms, weighted_sum
+from medvae.train.engine.strategies import SMALL, Found, Rows, norms_of, weighted_sum
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A layer whose gradients are not kept: squared norms (P,), and the weighted sum once the weights are known.
+    """A layer whose gradients are not kept: norms a patient, and the weighted sum once the weights are known.
 
     weighted: takes the scans that count (rows, or None for all) and a factor for each, and returns the sum (*shape).
     """
 
-    squares: Tensor
+    norms: Rows
     weighted: Callable[[Tensor | None, Tensor], Tensor]
 
 
@@ -39,26 +39,26 @@ class Book:
         self._uses: dict[int, int] = {}
         self._scans: dict[int, Tensor] = {}
         self._kept: dict[int, Rows] = {}
-        self._squares: dict[int, Tensor] = {}
+        self._norms: dict[int, Rows] = {}
         self._deferred: dict[int, Deferred] = {}
         self._copies: list[tuple[int, Tensor]] = []
         self._shapes: dict[int, torch.Size] = {}
 
-    def announce(self, parameter: nn.Parameter) -> None:
+    def announce(self, parameter: Tensor) -> None:
         """Count a use in the forward pass."""
         key = id(parameter)
         self._uses[key] = self._uses.get(key, 0) + 1
         self._shapes[key] = parameter.shape
 
-    def used_once(self, parameter: nn.Parameter) -> bool:
+    def used_once(self, parameter: Tensor) -> bool:
         """Return whether the forward pass used the parameter in one place only."""
         return self._uses.get(id(parameter), 0) == 1
 
-    def has_room(self, parameter: nn.Parameter) -> bool:
+    def has_room(self, parameter: Tensor) -> bool:
         """Return whether a gradient a patient of this parameter may still be kept."""
         return self.segments.patients == 1 or 4 * self.segments.patients * parameter.numel() <= self._room
 
-    def keep(self, parameter: nn.Parameter, found: Found) -> None:
+    def keep(self, parameter: Tensor, found: Found) -> None:
         """Write down what a strategy found of a weight: rows (P, *shape), in float32 from here on."""
         if found.rows is None:
             raise ValueError("a strategy that defers is written down by `defer`")
@@ -69,24 +69,24 @@ class Book:
             return
         self._kept[key] = rows
         if self.used_once(parameter):
-            if found.squares is not None:
-                self._squares[key] = found.squares
+            if found.norms is not None:
+                self._norms[key] = found.norms
             elif parameter.numel() > SMALL:
-                self._squares[key] = squared_norms(rows)  # now, while they are in the cache
+                self._norms[key] = norms_of(rows)  # now, while they are in the cache
 
-    def keep_scans(self, parameter: nn.Parameter, gradients: Tensor) -> None:
+    def keep_scans(self, parameter: Tensor, gradients: Tensor) -> None:
         """Write down gradients a scan (B, ...) of a small parameter."""
         key, rows = id(parameter), gradients.reshape(len(gradients), -1).float()
         self._scans[key] = self._scans[key] + rows if key in self._scans else rows
 
-    def copies(self, parameter: nn.Parameter, scans: int, dtype: torch.dtype) -> Tensor:
+    def copies(self, parameter: Tensor, scans: int, dtype: torch.dtype) -> Tensor:
         """Return a copy of a small parameter for each scan, as one vector: autograd itself then tells scans apart."""
-        copies = parameter.detach().to(dtype).repeat(scans)
+        copies = parameter.detach().to(dtype).expand(scans, -1).reshape(-1)
         if parameter.requires_grad:
             self._copies.append((id(parameter), copies.requires_grad_()))
         return copies
 
-    def defer(self, parameter: nn.Parameter, entry: Deferred) -> None:
+    def defer(self, parameter: Tensor, entry: Deferred) -> None:
         """Note the norms of a parameter that is used once, and how to sum it later."""
         self._deferred[id(parameter)] = entry
 
@@ -97,12 +97,12 @@ class Book:
         gradient is not finite counts as zero: its norm has no bound to scale by. Empties the book.
         """
         small, joined = self._join_small()
-        parts = [entry.squares.double() for entry in self._deferred.values()]
-        parts += [self._squares[k] if k in self._squares else squared_norms(g) for k, g in self._kept.items()]
-        parts += [squared_norms(joined)] if joined is not None else []
+        parts = [entry.norms for entry in self._deferred.values()]
+        parts += [self._norms[k] if k in self._norms else norms_of(g) for k, g in self._kept.items()]
+        parts += [norms_of(joined)] if joined is not None else []
         if not parts:
             return {}, torch.zeros(self.segments.patients, dtype=torch.float64)
-        norms = torch.stack(parts).sum(0).sqrt()
+        norms = self._together(parts)
 
         finite = torch.isfinite(norms)
         factor = torch.where(finite, max_norm / norms.clamp(min=1e-30), 0.0).clamp(max=1.0).float()
@@ -128,8 +128,15 @@ class Book:
             else:
                 gradients = gradients if patients is None else gradients[patients]
                 sums[key] = torch.tensordot(factor, gradients, dims=1)
-        self._squares = {}
+        self._norms = {}
         return sums, norms
+
+    def _together(self, parts: list[Rows]) -> Tensor:
+        """Return the norms (P,) over several parameters, in float64, from those of each."""
+        single = [n for part in parts if isinstance(part, list) for n in part]
+        rows = [part.double() for part in parts if isinstance(part, Tensor)]
+        rows += [torch.stack(single).view(-1, self.segments.patients).double().square().sum(0).sqrt()] if single else []
+        return torch.as_tensor(torch.linalg.vector_norm(torch.stack(rows), dim=0))
 
     def _join_small(self) -> tuple[list[int], Tensor | None]:
         """Take the small parameters out of the book: their keys, and their gradients side by side (P, all)."""

@@ -65,22 +65,20 @@ def _tapped(x: Tensor, book: Book, compute: Callable[[], Tensor], write: Callabl
     return y
 
 
-def _write(tuner: Tuner, book: Book, weight: nn.Parameter, call: ConvCall | LinearCall) -> Tensor | None:
+def _write(tuner: Tuner, book: Book, weight: Tensor, call: ConvCall | LinearCall) -> Tensor | None:
     """Write a weight's gradients into the book by the strategy chosen for the call.
 
     Returns the bias's gradients a patient where they came along.
     """
     alone = book.used_once(weight)
     if alone and not book.has_room(weight):
-        found = call.measured()
-        weighted = call.measured_again
+        found, weighted = call.measured(), call.measured_again
     else:
-        found = tuner.choose(call, may_defer=alone)()
-        weighted = call.weighted
+        found, weighted = tuner.choose(call, may_defer=alone)(), call.weighted
     if found.rows is not None:
         book.keep(weight, found)
-    elif found.squares is not None:
-        book.defer(weight, Deferred(found.squares, weighted))
+    elif found.norms is not None:
+        book.defer(weight, Deferred(found.norms, weighted))
     return found.by_bias
 
 
@@ -135,9 +133,11 @@ def _convolved(module: _ConvNd, x: Tensor, geometry: Geometry, desk: Desk, book:
         if weight.requires_grad:
             call = ConvCall(geometry, x, gradient, values, book.segments, biased)
             by_bias = _write(desk.tuner, book, weight, call)
+        if bias is None or not biased:
+            return
         if by_bias is not None:
             book.keep(bias, Found(by_bias))
-        elif biased:
+        else:
             book.keep_scans(bias, gradient.flatten(2).sum(2))
 
     return _tapped(x, book, compute, write)
@@ -188,9 +188,9 @@ def _group_norm(module: nn.GroupNorm, x: Tensor, _desk: Desk, book: Book) -> Ten
     batch, channels, places = len(x), x.shape[1], x[0, 0].numel()
     if x.is_contiguous():
         # A batch as one sample of many groups, with weights a scan: autograd's own gradients are then a scan's.
-        copies = [book.copies(p, batch, x.dtype) for p in (weight, bias)]
-        flat, groups = (1, batch * channels, places), batch * module.num_groups
-        return torch.native_group_norm(x.view(flat), *copies, *flat, groups, module.eps)[0].view(x.shape)
+        weights, biases = (book.copies(p, batch, x.dtype) for p in (weight, bias))
+        size, groups = (1, batch * channels, places), batch * module.num_groups
+        return torch.native_group_norm(x.view(size), weights, biases, *size, groups, module.eps)[0].view(x.shape)
     y, mean, scale = torch.native_group_norm(
         x, _values(weight, x), _values(bias, x), batch, channels, places, module.num_groups, module.eps
     )

@@ -6,7 +6,7 @@ All give the same numbers up to rounding; which is fastest depends on the layer'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -38,13 +38,13 @@ class Found(NamedTuple):
     """What a strategy found: gradients a patient, of the weight and, where they came along, of the bias.
 
     rows: (P, *shape), or one tensor a patient where copying them together would cost; by_bias: (P, channels);
-    squares: squared norms (P,) of the weight's gradients, where they were taken already. Without rows the strategy
-    defers: it found norms only, and the weighted sum is taken when the factors are known.
+    norms: of the weight's gradients where they were taken already, (P,) or one number a patient. Without rows the
+    strategy defers: it found norms only, and the weighted sum is taken when the factors are known.
     """
 
     rows: Rows | None
     by_bias: Tensor | None = None
-    squares: Tensor | None = None
+    norms: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ConvCall:
         """Yield each patient's gradients of (weight, bias): one call on its slice of the batch."""
         mask = (False, True, self.bias)
         counts = list(self.segments.counts)
-        for x, gradient in zip(self.x.split(counts), self.gradient.split(counts), strict=True):
+        for x, gradient in zip(*(t.split_with_sizes(counts) for t in (self.x, self.gradient)), strict=True):
             _, by_weight, by_bias = self.geometry.backward(x, gradient, self.weight, mask)
             yield by_weight, by_bias
 
@@ -111,8 +111,7 @@ class ConvCall:
             kept.append(row)
             biases.append(bias)
             norms.append(torch.linalg.vector_norm(row, dtype=torch.float32))
-        squares = torch.stack(norms).double().square()
-        return Found(kept, torch.stack(biases) if self.bias else None, squares)
+        return Found(kept, torch.stack(biases) if self.bias else None, norms)
 
     def measured(self) -> Found:
         """As `loop`, but each gradient is dropped once its norm is known: for when there is no room to keep them."""
@@ -120,7 +119,7 @@ class ConvCall:
         for row, bias in self._by_patient():
             norms.append(torch.linalg.vector_norm(row, dtype=torch.float32))
             biases.append(bias)
-        return Found(None, torch.stack(biases) if self.bias else None, torch.stack(norms).double().square())
+        return Found(None, torch.stack(biases) if self.bias else None, norms)
 
     def measured_again(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the weighted sum of the very gradients that `measured` saw, to the last bit, as its norms demand."""
@@ -200,7 +199,7 @@ class ConvCall:
 
     def squares(self) -> Found:
         """Return the squared norms a patient without the gradients; for one group."""
-        return Found(None, squares=self.segments.squares(*self.matrices()))
+        return Found(None, norms=self.segments.squares(*self.matrices()).sqrt())
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the sum of weight gradients over scans, each times its factor."""
@@ -223,20 +222,25 @@ class ConvCall:
             self.segments.size,
         )
 
-    def candidates(self) -> Mapping[str, Callable[[], Found]]:
-        """Return the strategies worth trying here."""
-        found: dict[str, Callable[[], Found]] = {"loop": self.loop}
+    def candidates(self) -> list[str]:
+        """Return the names of the strategies worth trying here."""
+        found = ["loop"]
         if self.segments.patients == 1:
             return found
         size = self.segments.size
         units = size.patients if self.segments.equal else size.scans
-        for chunk in (n for n in GROUP_CHUNKS if n <= units or n == GROUP_CHUNKS[0]):
-            found[f"grouped{chunk}"] = partial(self.grouped, chunk)
+        found += [f"grouped{n}" for n in GROUP_CHUNKS if n <= units or n == GROUP_CHUNKS[0]]
         if size.most * self._window_bytes <= WINDOW_BYTES:
-            found["unfold"] = self.unfold
+            found.append("unfold")
         if self.geometry.groups == 1 and self._places * size.most <= GHOST_PLACES:
-            found[GHOST] = self.squares
+            found.append(GHOST)
         return found
+
+    def strategy(self, name: str) -> Callable[[], Found]:
+        """Return a strategy by its name."""
+        if name.startswith("grouped"):
+            return partial(self.grouped, int(name.removeprefix("grouped")))
+        return {"loop": self.loop, "unfold": self.unfold, GHOST: self.squares}[name]
 
     def blank(self) -> ConvCall:
         """Return the sizes of this call without its numbers."""
@@ -262,12 +266,12 @@ class LinearCall:
 
     def squares(self) -> Found:
         """Return the squared norms a patient without the gradients."""
-        return Found(None, squares=self.segments.squares(self.gradient, self.x))
+        return Found(None, norms=self.segments.squares(self.gradient, self.x).sqrt())
 
     def measured(self) -> Found:
         """Return the squared norms a patient; each gradient is dropped once its norm is known."""
         norms = [torch.linalg.vector_norm(row, dtype=torch.float32) for row in self._by_patient()]
-        return Found(None, squares=torch.stack(norms).double().square())
+        return Found(None, norms=norms)
 
     def measured_again(self, rows: Tensor | None, factor: Tensor) -> Tensor:
         """Return the weighted sum of the very gradients that `measured` saw."""
@@ -275,7 +279,7 @@ class LinearCall:
 
     def _by_patient(self) -> Iterator[Tensor]:
         counts = list(self.segments.counts)
-        for x, gradient in zip(self.x.split(counts), self.gradient.split(counts), strict=True):
+        for x, gradient in zip(*(t.split_with_sizes(counts) for t in (self.x, self.gradient)), strict=True):
             yield gradient.flatten(0, 1).T @ x.flatten(0, 1)
 
     def weighted(self, rows: Tensor | None, factor: Tensor) -> Tensor:
@@ -288,12 +292,13 @@ class LinearCall:
         """What the best strategy depends on."""
         return ("linear", tuple(self.x.shape[1:]), self.gradient.shape[2], *_machine(self.x), self.segments.size)
 
-    def candidates(self) -> Mapping[str, Callable[[], Found]]:
-        """Return the strategies worth trying here."""
-        found: dict[str, Callable[[], Found]] = {"products": self.products}
-        if self.x.shape[1] * self.segments.size.most <= GHOST_PLACES:
-            found[GHOST] = self.squares
-        return found
+    def candidates(self) -> list[str]:
+        """Return the names of the strategies worth trying here."""
+        return ["products", GHOST] if self.x.shape[1] * self.segments.size.most <= GHOST_PLACES else ["products"]
+
+    def strategy(self, name: str) -> Callable[[], Found]:
+        """Return a strategy by its name."""
+        return {"products": self.products, GHOST: self.squares}[name]
 
     def blank(self) -> LinearCall:
         """Return the sizes of this call without its numbers."""
@@ -315,11 +320,11 @@ def _made_up(t: Tensor, device: torch.device) -> Tensor:
     return torch.randn(t.shape, dtype=t.dtype, device=device).contiguous(memory_format=layout)
 
 
-def squared_norms(gradients: Rows) -> Tensor:
-    """Return the squared norm of each row of (P, ...), as float64 (P,)."""
+def norms_of(gradients: Rows) -> Rows:
+    """Return the norm of each row of (P, ...)."""
     if isinstance(gradients, list):
-        return torch.stack([torch.linalg.vector_norm(g) for g in gradients]).double().square()
-    return torch.as_tensor(torch.linalg.vector_norm(gradients.flatten(1), dim=1).double().square())
+        return [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    return torch.as_tensor(torch.linalg.vector_norm(gradients.flatten(1), dim=1))
 
 
 def weighted_sum(gradients: list[Tensor], chosen: list[int], factors: list[float]) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from medvae.train.checkpoint import write_json
-from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCall, squared_norms, weighted_sum
+from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCall, norms_of, weighted_sum
 
 # A strategy is timed so many times at most, or until it took its share.
 TURNS, SHARE_SECONDS = 7, 0.1
@@ -43,40 +43,39 @@ class Tuner:
 
     def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> Callable[[], Found]:
         """Return the strategy for this call."""
-        found = _candidates(call, may_defer)
-        name = next(iter(found))
         if self._fixed is not None:
-            name = self._fixed if self._fixed in found else name
-        elif len(found) > 1:
-            key = (*call.key, may_defer)
-            if key not in self._memory and self._given.get(_text(key)) in found:
-                self._memory[key] = self._given[_text(key)]
-            if key in self._memory:
-                name = self._memory[key]
-            elif key not in self._noted:
-                self._noted[key] = (call.blank(), call.x.device, may_defer)
-        return found.get(name, next(iter(found.values())))
+            names = _candidates(call, may_defer)
+            return call.strategy(self._fixed if self._fixed in names else names[0])
+        key = (*call.key, may_defer)
+        if key not in self._memory:
+            names = _candidates(call, may_defer)
+            given = self._given.get(_text(key))
+            if given not in names and len(names) > 1:
+                self._noted.setdefault(key, (call.blank(), call.x.device, may_defer))
+                return call.strategy(names[0])
+            self._memory[key] = given if given in names else names[0]
+        return call.strategy(self._memory[key])
 
     def settle(self) -> bool:
         """Time the strategies of the calls that were met for the first time; return whether there were any."""
         noted, self._noted = self._noted, {}
         for key, (blank, device, may_defer) in noted.items():
             call = blank.like(device)
-            works = {n: _whole(call, n, f) for n, f in _candidates(call, may_defer).items()}
+            works = {n: _whole(call, call.strategy(n)) for n in _candidates(call, may_defer)}
             with torch.no_grad():
                 self._memory[key] = fastest(works, device)
         return bool(noted)
 
 
-def _candidates(call: ConvCall | LinearCall, may_defer: bool) -> dict[str, Callable[[], Found]]:
-    return {n: f for n, f in call.candidates().items() if may_defer or n != GHOST}
+def _candidates(call: ConvCall | LinearCall, may_defer: bool) -> list[str]:
+    return [n for n in call.candidates() if may_defer or n != GHOST]
 
 
 def _text(key: Key) -> str:
     return " ".join("x".join(map(str, k)) if isinstance(k, tuple) else str(k) for k in key)
 
 
-def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]) -> Callable[[], object]:
+def _whole(call: ConvCall | LinearCall, strategy: Callable[[], Found]) -> Callable[[], object]:
     """Return all the work that a strategy makes: the bias, norms and the weighted sum too."""
     factor = torch.ones(call.segments.patients, device=call.x.device)
     factors = factor.tolist()
@@ -91,7 +90,7 @@ def _whole(call: ConvCall | LinearCall, name: str, strategy: Callable[[], Found]
         if isinstance(found.rows, list):
             return by_bias, weighted_sum(found.rows, list(range(len(factors))), factors)
         rows = found.rows.float()
-        return by_bias, squared_norms(rows), torch.tensordot(factor, rows, dims=1)
+        return by_bias, norms_of(rows), torch.tensordot(factor, rows, dims=1)
 
     return whole
 
