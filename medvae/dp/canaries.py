@@ -18,7 +18,7 @@ import numpy as np
 
 from medvae.dp import onerun
 from medvae.dp.accounting import pld_epsilon
-from medvae.dp.conformance import Answer, answers, is_number, noise_interval
+from medvae.dp.conformance import ANSWERS, Answer, answers, is_number, noise_interval
 from medvae.dp.noise import NoiseSource
 from medvae.dp.onerun import Bools, Floats
 from medvae.dp.tradeoff import miss_bound
@@ -160,7 +160,7 @@ def judge(document: Mapping[str, Any], mechanisms: Sequence[Mechanism], delta: f
     if not all(a.ok for a in found):
         return _conclude(found, [], mechanisms)
     included, out = int(coins.sum()), int((~coins).sum())
-    each = CONFORMANCE_LEVEL / (8 * len(mechanisms))
+    each = CONFORMANCE_LEVEL / (ANSWERS * len(mechanisms))
     for record, mechanism in zip(records, mechanisms, strict=True):
         found += answers(record, mechanism, included, out, each)
     claimed = parts(mechanisms)

@@ -20,6 +20,8 @@ from medvae.types import Mechanism
 
 # Bins of equal probability for the shape of the noise.
 BINS = 16
+# Tests of chance that `answers` makes of a mechanism, at most.
+ANSWERS = 9
 # The clip keeps this margin for rounding, so a signal may be so much short of 1, and no test sees it.
 SIGNAL_SLACK = 2e-5
 
@@ -52,8 +54,9 @@ class Watch:
         self.sums = np.zeros((coordinates, int(np.sum(~coins))))
         self.drawn = np.zeros(len(coins))
         self.bins = np.zeros(BINS)
-        # steps; sum and sum of squares of the noise; sum and number of signals; squares of the draws a step
-        self.totals = np.zeros(6)
+        # steps; sum and sum of squares of the noise; sum and number of signals; squares, step by step, of the number
+        # of draws and of the sum of the noise
+        self.totals = np.zeros(7)
 
     def see(self, noised: Floats, drawn: Bools) -> None:
         """Note one step: noised sums (coordinates, m) in units of the clip, and which canaries were drawn (m,)."""
@@ -67,7 +70,7 @@ class Watch:
         places = np.nan_to_num(ndtr(noise / sigma)).ravel() * BINS
         self.bins += np.bincount(np.minimum(places.astype(np.int64), BINS - 1), minlength=BINS)
         self.drawn += drawn
-        self.totals += (1, noise.sum(), np.square(noise).sum(), together[drawn].sum(), took, took**2)
+        self.totals += (1, noise.sum(), np.square(noise).sum(), together[drawn].sum(), took, took**2, noise.sum() ** 2)
 
     def state(self) -> dict[str, Floats]:
         """Return all that was noted, for a checkpoint."""
@@ -81,7 +84,7 @@ class Watch:
 
     def record(self) -> dict[str, Any]:
         """Return the sufficient statistics as canary.json holds them (the scores stand elsewhere in it)."""
-        steps, total, squares, signal, took, by_step = (float(x) for x in self.totals)
+        steps, total, squares, signal, took, by_step, together = (float(x) for x in self.totals)
         return {
             "mechanism": self.mechanism.name,
             "steps": int(steps),
@@ -89,7 +92,8 @@ class Watch:
                 "coordinates": int(self.sums.size),
                 "sum": total,
                 "squares": squares,
-                "squares_of_sums": float(np.square(self.sums).sum()),
+                "squares_by_coordinate": float(np.square(self.sums).sum()),
+                "squares_by_step": together,
                 "bins": [int(n) for n in self.bins],
             },
             "signal": {"n": int(took), "sum": signal},
@@ -139,7 +143,8 @@ def _noise(noise: Mapping[str, Any], mechanism: Mechanism, steps: int, out: int,
     whole = width > 0 and width % out == 0
     bins, expected = np.asarray(noise["bins"], dtype=np.float64), width * steps / BINS
     mean = float(noise["sum"]) / (sigma * math.sqrt(n)) if n else math.inf
-    spread = float(noise["squares_of_sums"]) / (sigma**2 * steps)
+    spread = float(noise["squares_by_coordinate"]) / (sigma**2 * steps)
+    together = float(noise["squares_by_step"]) / (sigma**2 * width) if width else math.inf
     shape = float(np.sum((bins - expected) ** 2) / expected) if n else math.inf
     even = len(bins) == BINS and bins.sum() == n
     found = [
@@ -153,6 +158,8 @@ def _noise(noise: Mapping[str, Any], mechanism: Mechanism, steps: int, out: int,
     if expected >= 20:
         ok = even and bool(shape <= chi2.isf(level, BINS - 1))
         found.append(Answer("shape of the noise", ok, f"chi-square {shape:.1f} on {BINS - 1} degrees of freedom"))
+    detail = f"sums of a step vary {together / steps:.4g} times as much as independent noise would, over {steps} steps"
+    found.append(Answer("independence of the noise", _two_sided(chi2, together, steps, level), detail))
     if steps > 1:
         detail = f"sums over steps vary {spread / width:.4g} times as much as fresh noise would, on {width} coordinates"
         found.append(Answer("freshness of the noise", _two_sided(chi2, spread, width, level), detail))
