@@ -129,8 +129,8 @@ def _ladder(
         if factor:
             weaker = [replace(m, noise_multiplier=m.noise_multiplier * factor) for m in mechanisms]
             words = (
-                f"noise of {factor:.2g} times the claim or less would be accused 9 times in 10; a smaller fault would "
-                "probably stay unseen"
+                f"a leak as strong as noise of {factor:.2g} times the claim would be accused 9 times in 10; a weaker "
+                "one would probably stay unseen (the noise itself is checked more exactly)"
             )
             rows.append(_rung("smallest fault it could see", pld_epsilon(weaker, delta), "fault", "canary", words))
     found = _attack_epsilon(attacks, delta)
@@ -139,6 +139,8 @@ def _ladder(
         rows.append(_rung("found on real patients", found, "found", "private", words))
     seen = any(row["kind"] == "fault" for row in rows)
     blind = "No canary audit stands behind this claim: a fault of the programme would not have been seen."
+    if result is not None:
+        blind = "Scores of so few canaries and steps could accuse no fault; only the noise itself was checked."
     origin = "private" if found is not None else "canary" if result is not None else "public"
     return {"provenance": origin, "delta": delta, "rows": rows, "words": "" if seen or epsilon is None else blind}
 
