@@ -184,7 +184,7 @@ def _largest(refuted: Callable[[float], bool], limit: float = 64.0) -> float:
         low, high = high, 2 * high
         if high > limit:
             return low
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(middle) else (low, middle)
     return low
