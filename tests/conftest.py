@@ -12,6 +12,7 @@ from postgres_server import Server, programs
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.pop("MEDVAE_LEDGER", None)  # no test charges a team's own ledger
 
 
 @pytest.fixture(scope="session")

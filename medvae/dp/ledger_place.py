@@ -11,6 +11,7 @@ replaced, or was set back (an old backup, a standby that took over too early) do
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
 import os
@@ -66,7 +67,10 @@ class Mark:
             )
 
     def advance(self, receipt: Receipt) -> None:
-        """Remember a row. Another process may just have remembered a later one: an earlier row is true as well."""
+        """Remember a row, where it is later than the one that is known."""
+        known = self.known()
+        if known is not None and known[1] >= receipt.sequence:
+            return
         partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         try:
             partial.write_text(f"{receipt.ledger_id} {receipt.sequence} {receipt.digest} {self.kind}\n", "utf-8")
@@ -76,7 +80,7 @@ class Mark:
             if self.kind != SHARED or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
         finally:
-            if self.path.parent.is_dir() and partial.exists():
+            with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 
 

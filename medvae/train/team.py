@@ -339,7 +339,7 @@ def _report(team: Team, message: str, exit_code: int) -> int:
 
 def _pack(stats: StepStats) -> Tensor:
     return torch.cat(
-        [torch.tensor([stats.scans, stats.loss, stats.clipped], dtype=torch.float64), stats.norms.double()]
+        [torch.tensor([stats.scans, stats.loss, stats.clipped], dtype=torch.float64), stats.norms.double().cpu()]
     )
 
 
