@@ -140,7 +140,7 @@ def test_fourier_features_are_a_gaussian_kernel_of_unit_norm() -> None:
 
 def test_the_generator_finds_the_classes_whose_embedding_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merf, "STEPS", 120)
-    monkeypatch.setattr(merf, "BATCH", 64)
+    monkeypatch.setattr(merf, "BATCH", {2: 64})
     shape = (1, 8, 8)
     features = merf.FourierFeatures(shape, 0)
     truth = np.zeros((2, *shape), np.float32)

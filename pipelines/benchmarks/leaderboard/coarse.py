@@ -23,7 +23,7 @@ from medvae.vault.store import CohortStore
 Array = npt.NDArray[np.float64]
 Feature = Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]
 
-MOST = {2: 32, 3: 16}  # voxels an axis
+MOST = {2: 32, 3: 12}  # voxels an axis
 COUNT_WEIGHT = 0.3  # of the release's sensitivity; the rest is the sums'
 
 

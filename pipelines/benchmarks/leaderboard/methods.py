@@ -126,12 +126,13 @@ def class_means(task: Task) -> Made:
     begun = time.process_time()
     space, longest, labels = task.store.space, task.row.longest, task.labels()
     shape = coarse_shape(space, longest)
-    # Values lie in [0, 1], so those around 0.5 have at most this norm: no clip has to be chosen.
-    radius = 0.5 * math.sqrt(math.prod(shape))
+    # Images around 0.5 lie within this norm, and masks too unless they fill more than a sixteenth of the scan.
+    centre = np.asarray([0.5, *[0.0] * (shape[0] - 1)], dtype=np.float32).reshape(-1, *[1] * (len(shape) - 1))
+    radius = math.sqrt((0.5**2 + (shape[0] - 1) * 0.25**2) * math.prod(shape[1:]))
     released = release_means(
-        task.store, longest, lambda x: (x.reshape(len(x), -1) - 0.5) / radius, task.epsilon, task.noise
+        task.store, longest, lambda x: (x - centre).reshape(len(x), -1) / radius, task.epsilon, task.noise
     )
-    means = np.clip(released.means * radius + 0.5, 0, 1).astype(np.float32).reshape(-1, *shape)
+    means = np.clip(released.means.reshape(-1, *shape) * radius + centre, 0, 1).astype(np.float32)
     trained = time.process_time() - begun
     scans = scans_of(means[labels], labels, space, longest)
     scans.images[:] += np.random.default_rng(task.seed).normal(0, TEXTURE, scans.images.shape)
