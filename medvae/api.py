@@ -71,7 +71,7 @@ def plan(
         raise ConfigError("a plan needs a cohort or a number of patients: give COHORT or --patients N, and not both")
     with tracking.run("plan", config.model_dump(), private=cohort is not None) as track:
         made = make_plan(patients, space, config)
-        cost = step_cost(made, space, scans)
+        cost = step_cost(made, space, scans, memory_gib=config.memory_gib)
         for name in ("epsilon", "delta", "noise_multiplier", "sample_rate", "max_grad_norm", "steps"):
             track.metric(name, getattr(made.privacy, name))
     chosen = made.privacy

@@ -57,6 +57,9 @@ Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an int
 PublicKey = Annotated[
     Path | None, typer.Option(metavar="FILE.pem", help="The signer's Ed25519 public key (PEM), if you know it.")
 ]
+Memory = Annotated[
+    float | None, typer.Option(metavar="GIB", help="Memory that training may take; batches are split to keep it.")
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Fixes what is not privacy: splits, initialisation, samples.")
 ]
@@ -165,6 +168,7 @@ def plan(
     baseline: Baseline = None,
     delta: Delta = None,
     pipeline: Pipeline = None,
+    memory_gib: Memory = None,
     as_json: Json = None,
     quiet: Quiet = None,
 ) -> None:
@@ -186,6 +190,7 @@ def plan(
             baseline=baseline,
             dp_delta=delta,
             recipe=_recipe(pipeline),
+            memory_gib=memory_gib,
         )
         result = api.plan(cohort, config, patients=patients, shape=build(IngestConfig, shape=_numbers(shape)).shape)
         out.result(result, words.plan(result))
@@ -209,6 +214,7 @@ def train(
     ] = None,
     seed: Seed = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.")] = None,
+    memory_gib: Memory = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = None,
     as_json: Json = None,
     quiet: Quiet = None,
@@ -233,6 +239,7 @@ def train(
             recipe=_recipe(pipeline),
             seed=seed,
             threads=threads,
+            memory_gib=memory_gib,
             device=device,
         )
         if cohort is None:

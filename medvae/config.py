@@ -80,7 +80,15 @@ class DpSgdConfig(Frozen):
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     scans_per_patient: Count = 4
     grad_sampler: Literal["bookkeeping", "functorch"] = "bookkeeping"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
     checkpoint_every: Count = 25
+
+    @model_validator(mode="after")
+    def _precision(self) -> DpSgdConfig:
+        if self.grad_sampler == "functorch" and (self.precision != "fp32" or self.channels_last):
+            raise ValueError("precision bf16 and channels_last need grad_sampler: bookkeeping")
+        return self
 
 
 class CanaryConfig(Frozen):
@@ -122,6 +130,7 @@ class TrainConfig(Frozen):
     seed: int = 0
     threads: Count | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    memory_gib: Positive | None = None
     noise_source: Literal["os_entropy", "seeded"] = "os_entropy"
 
     @field_validator("dp_epsilon")

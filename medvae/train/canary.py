@@ -30,6 +30,7 @@ from medvae.dp.onerun import Bools, Floats
 from medvae.dp.staging import DPSGD
 from medvae.errors import RunError
 from medvae.train.checkpoint import write_json
+from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.engine.tuner import Tuner
 from medvae.train.gradient import FunctorchSampler, GradSampler, StepStats
@@ -176,7 +177,7 @@ class StepCanaries:
         loss = self._loss.to(engine.parameters[0].device)
         own: GradSampler
         if kind == "bookkeeping":
-            own = BookkeepingSampler(loss, max_grad_norm=self._clip, max_scans=MAX_SCANS, tuner=tuner)
+            own = BookkeepingSampler(loss, max_grad_norm=self._clip, limits=Limits(MAX_SCANS), tuner=tuner)
         else:
             own = FunctorchSampler(loss, max_grad_norm=self._clip, max_scans=MAX_SCANS)
         return _Joined(engine, own, self)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from medvae.config import Recipe, build
+from medvae.config import Recipe, TrainConfig, build
 from medvae.errors import RunError
 from medvae.nets.build import build_model
 from medvae.train.engine.tuner import Tuner
@@ -27,7 +27,7 @@ from medvae.version import __version__
 
 
 def make_job(
-    plan: TrainPlan, facts: Mapping[str, Any], threads: int | None, device: str, randomness: Randomness
+    plan: TrainPlan, facts: Mapping[str, Any], config: TrainConfig, device: str, randomness: Randomness
 ) -> dict[str, Any]:
     """Return as JSON what the others need to know of a run: of its randomness, only whether it can be repeated.
 
@@ -40,7 +40,8 @@ def make_job(
         "fingerprint": facts["fingerprint"],
         "recipe": plan.recipe.model_dump(mode="json"),
         "privacy": privacy,
-        "threads": threads,
+        "threads": config.threads,
+        "memory_gib": config.memory_gib,
         "device": device,
         "repeatable": not randomness.releasable,
     }
@@ -75,7 +76,7 @@ def _serve(team: Team, job: Mapping[str, Any]) -> None:
 
     model = build_model(store.space, recipe).to(job["device"])
     tuner = Tuner(fixed="loop" if job["repeatable"] else None)
-    engine = make_engine(model, plan, model.latent_dim, store.space, settings.grad_sampler, tuner)
+    engine = make_engine(model, plan, model.latent_dim, store.space, settings, tuner, job["memory_gib"])
     sampler = PatientSampler(store, store.patients("train"), plan.sample_rate, settings.scans_per_patient)
     team.share_weights(list(model.state_dict().values()))
     while (share := team.receive_share(model.latent_dim)) is not None:

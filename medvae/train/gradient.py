@@ -24,8 +24,6 @@ from medvae.types import Batch, Private
 
 # Gradients are clipped to C (1 - margin), so that rounding in float32 never carries one over C.
 ROUNDING_MARGIN = 1e-5
-# Memory that the per-scan gradients and activations of one micro-batch may take, in bytes.
-MICRO_BATCH_BYTES = 512 * 2**20
 # Largest relative error of a gradient in the check before training.
 PROBE_TOLERANCE = 1e-3
 
@@ -42,6 +40,29 @@ class StepStats:
     clipped: float
     loss: float
     scans: int
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How forward and backward are computed; sums, noise and weights are float32 all the same.
+
+    bf16: in bfloat16 where autocast knows how; channels_last: convolutions with the channels as the innermost axis.
+    """
+
+    bf16: bool = False
+    channels_last: bool = False
+
+    def precision(self, device: str) -> torch.autocast:
+        """Return the context of the forward pass."""
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Return x (B, C, ...) in the layout that convolutions compute in."""
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        return x if layout is None or not self.channels_last else x.contiguous(memory_format=layout)
+
+
+FULL = Compute()
 
 
 class GradSampler(Protocol):
@@ -123,8 +144,9 @@ class FunctorchSampler:
 class PlainSampler:
     """The plain sum of gradients, without clipping: for comparison only, never releasable."""
 
-    def __init__(self, model: nn.Module, *, max_scans: int) -> None:
+    def __init__(self, model: nn.Module, *, max_scans: int, compute: Compute = FULL) -> None:
         self._model = model.train()
+        self._compute = compute
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._max_scans = max_scans
 
@@ -141,7 +163,9 @@ class PlainSampler:
         for part in micro_batches(batch.patient, self._max_scans):
             segment, counts = segments(batch.patient[part])
             x, condition = (torch.from_numpy(a[part]).to(device) for a in (batch.x, batch.condition))
-            loss = self._model(x, condition, latent[part].to(device)) * (1 / counts[segment]).to(device)
+            with self._compute.precision(device.type):
+                loss = self._model(self._compute.laid_out(x), condition, latent[part].to(device))
+            loss = loss.float() * (1 / counts[segment]).to(device)
             gradients = torch.autograd.grad(loss.sum(), self._parameters, allow_unused=True)
             for total, value in zip(totals, gradients, strict=True):
                 total += 0 if value is None else value
@@ -233,27 +257,6 @@ def _compare(names: list[str], found: list[Tensor], expected: list[Tensor], faul
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.as_tensor(torch.linalg.vector_norm(torch.cat([t.flatten() for t in tensors])))
-
-
-def max_scans_per_micro_batch(model: nn.Module, batch: Batch, latent: Tensor, budget: int = MICRO_BATCH_BYTES) -> int:
-    """Return how many scans fit into `budget` bytes, from the model's size and one made-up scan (B = 1).
-
-    A scan takes about its gradient twice (as computed, and summed by patient) and its activations four times.
-    """
-    elements = 0
-
-    def count(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal elements
-        elements += output.numel() if isinstance(output, Tensor) else 0
-
-    handles = [m.register_forward_hook(count) for m in model.modules()]
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        model(*(torch.from_numpy(a[:1]).to(device) for a in (batch.x, batch.condition)), latent[:1].to(device))
-    for handle in handles:
-        handle.remove()
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return max(1, budget // (4 * (2 * parameters + 4 * elements)))
 
 
 def step_stats(norms: Tensor, losses: Tensor, bound: float, scans: int) -> Private[StepStats]:

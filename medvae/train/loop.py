@@ -17,24 +17,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medvae.config import DpSgdConfig
 from medvae.errors import RunError
+from medvae.nets.cvae import ConditionalVAE
 from medvae.train.canary import StepCanaries
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint
+from medvae.train.engine.memory import Need, limits, measure
 from medvae.train.engine.module import checked_sampler
 from medvae.train.engine.tuner import Tuner, load_choices, save_choices
 from medvae.train.gradient import (
+    Compute,
     FunctorchSampler,
     GradSampler,
     PlainSampler,
     StepStats,
     check_sampler,
-    max_scans_per_micro_batch,
 )
 from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_optimizer, rate_factor
 from medvae.train.randomness import Randomness
@@ -63,6 +65,7 @@ def train_dpsgd(
     on_step: OnStep | None = None,
     team: Team = ALONE,
     canaries: StepCanaries | None = None,
+    memory_gib: float | None = None,
 ) -> None:
     """Train `model` in place for `plan.steps` steps; it ends with the averaged weights.
 
@@ -77,7 +80,7 @@ def train_dpsgd(
     """
     # A repeatable run repeats its arithmetic too, which timed choices would not.
     tuner = Tuner(load_choices(folder), fixed=None if randomness.releasable else "loop")
-    engine = make_engine(model, plan, latent_dim, sampler.store.space, config.grad_sampler, tuner)
+    engine = make_engine(model, plan, latent_dim, sampler.store.space, config, tuner, memory_gib)
     if team.size > 1:
         engine = TeamSampler(engine, team)
     joined: GradSampler = engine
@@ -136,33 +139,60 @@ def make_engine(
     plan: PrivacyPlan,
     latent_dim: int,
     space: ImageSpace,
-    grad_sampler: Literal["bookkeeping", "functorch"] = "bookkeeping",
+    config: DpSgdConfig,
     tuner: Tuner | None = None,
+    memory_gib: float | None = None,
 ) -> GradSampler:
-    """Return the gradient engine for a model, checked on made-up scans against plain autograd."""
+    """Return the gradient engine for a model, checked on made-up scans against plain autograd.
+
+    memory_gib: what the process may take; it decides how a batch is split. Raises ConfigError where one patient does
+    not fit into it.
+    """
     batch, latent = made_up_scans(space, latent_dim)
-    limit = max_scans_per_micro_batch(model, batch, latent)
+    split = limits(_need(model, batch, latent, config), memory_gib, config.scans_per_patient, _device(model))
+    compute = Compute(config.precision == "bf16", config.channels_last)
     if not plan.private:
-        return PlainSampler(model, max_scans=limit)
+        return PlainSampler(model, max_scans=split.scans, compute=compute)
     # Layers that start at zero hide others from the check, so it runs on a copy moved off its start.
     moved = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-    if grad_sampler == "bookkeeping":
+    if config.grad_sampler == "bookkeeping":
         return checked_sampler(
             model,
             moved,
             batch,
             latent,
             max_grad_norm=plan.max_grad_norm,
-            max_scans=limit,
+            limits=split,
             tuner=tuner or Tuner(),
+            compute=compute,
         )
-    probe = FunctorchSampler(copy.deepcopy(moved), max_grad_norm=plan.max_grad_norm, max_scans=limit)
+    probe = FunctorchSampler(copy.deepcopy(moved), max_grad_norm=plan.max_grad_norm, max_scans=split.scans)
     check_sampler(probe, moved, batch, latent)
-    return FunctorchSampler(model, max_grad_norm=plan.max_grad_norm, max_scans=limit)
+    return FunctorchSampler(model, max_grad_norm=plan.max_grad_norm, max_scans=split.scans)
+
+
+def require_memory(
+    model: ConditionalVAE, space: ImageSpace, config: DpSgdConfig, memory_gib: float | None, device: torch.device
+) -> None:
+    """Raise ConfigError where one patient of a run does not fit into `memory_gib`: before anything is charged."""
+    if memory_gib is not None:
+        need = _need(model, *made_up_scans(space, model.latent_dim), config)
+        limits(need, memory_gib, config.scans_per_patient, device)
+
+
+def _need(model: nn.Module, batch: Batch, latent: Tensor, config: DpSgdConfig) -> Need:
+    need = measure(model, batch, latent)
+    if config.grad_sampler == "functorch":
+        return Need(need.scan + 2 * need.gradient, need.gradient, need.state)  # gradients a scan, twice
+    return need
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def made_up_scans(space: ImageSpace, latent_dim: int) -> tuple[Batch, Tensor]:

@@ -1,58 +1,105 @@
-"""How long a planned run would take here: a step measured on made-up scans, with nothing private in it."""
+"""What a planned run would cost here: steps taken on made-up scans, with nothing private in them."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
+import statistics
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from medvae.dp.noise import os_noise
 from medvae.nets.build import build_model
+from medvae.train.engine.memory import peak_bytes
 from medvae.train.loop import make_engine
+from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_optimizer
 from medvae.train.planning import TrainPlan
 from medvae.types import Batch, ImageSpace
 
-PROBE_SCANS = 32
+# Larger steps are measured on so many scans, and scaled: from here on cost is linear in the batch.
+PROBE_SCANS = 256
+TURNS = 3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured on this machine. step_seconds: one step at the expected batch; memory_gb: peak of the process."""
+    """Measured on this machine, of the DP-SGD stage.
+
+    step_seconds: a whole step at the expected batch; total_seconds: all steps, the engine's check and its choice of
+    strategies; memory_gb: peak of the process, at the largest batch that is to be expected.
+    """
 
     step_seconds: float
     total_seconds: float
     memory_gb: float
 
 
-def step_cost(plan: TrainPlan, space: ImageSpace, scans_per_patient: float = 1.0) -> Cost | None:
-    """Measure the gradient of some scans and scale it to the expected batch; None where nothing is trained.
+def step_cost(
+    plan: TrainPlan,
+    space: ImageSpace,
+    scans_per_patient: float = 1.0,
+    *,
+    memory_gib: float | None = None,
+    device: torch.device | None = None,
+) -> Cost | None:
+    """Take steps as the run would, on made-up scans, and add them up; None where nothing is trained.
 
-    Loading, the closed-form stage and the noise are left out: they are the smaller part.
+    scans_per_patient: the mean over the cohort. A step is draw to update, without reading the scans. Draws differ in
+    size; the engine chooses its strategies anew where a draw is of another order, which is counted twice.
     """
     recipe, privacy = plan.recipe, plan.privacy
     if not recipe.dpsgd.enabled or recipe.model.latent_dim is None:
         return None
-    engine = make_engine(build_model(space, recipe), privacy, recipe.model.latent_dim, space, recipe.dpsgd.grad_sampler)
-    expected = max(1.0, privacy.sample_rate * privacy.patients * min(scans_per_patient, recipe.dpsgd.scans_per_patient))
-    scans = round(min(PROBE_SCANS, expected))
-    rng = np.random.default_rng(0)
-    batch = Batch(
-        rng.random((scans, space.channels, *space.spatial_shape), dtype=np.float32),
-        np.zeros((scans, space.condition_width), dtype=np.float32),
-        np.arange(scans, dtype=np.int64),
-    )
-    latent = torch.zeros(scans, recipe.model.latent_dim)
-    engine.clipped_sum(batch, latent)  # the first call also pays for allocation
+    device = device or torch.device("cpu")
     began = time.perf_counter()
-    engine.clipped_sum(batch, latent)
-    step = (time.perf_counter() - began) / scans * expected
-    return Cost(step, step * privacy.steps, _peak_gb())
+    model = build_model(space, recipe).to(device)
+    engine = make_engine(model, privacy, recipe.model.latent_dim, space, recipe.dpsgd, memory_gib=memory_gib)
+    checked = time.perf_counter() - began
+    optimizer = PatientDPOptimizer(
+        inner_optimizer(engine.parameters, 0.0),
+        engine,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        expected_patients=max(1.0, privacy.sample_rate * privacy.patients),
+    )
+    average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    source = os_noise()
+    mean_scans = max(1.0, min(scans_per_patient, float(recipe.dpsgd.scans_per_patient)))
+
+    def step(patients: float) -> float:
+        """Return the seconds of a step on so many patients."""
+        shown = max(1, min(round(patients), int(PROBE_SCANS / mean_scans)))
+        batch = made_up_batch(space, shown, mean_scans)
+        latent = torch.zeros(len(batch.patient), int(recipe.model.latent_dim or 0))
+        began = time.perf_counter()
+        source.mask(privacy.patients, privacy.sample_rate)
+        optimizer.step_on(batch, latent, source)
+        average_weights(average, model, 0, recipe.dpsgd.average_decay)
+        return time.perf_counter() - began
+
+    expected = max(1.0, privacy.sample_rate * privacy.patients)
+    first = step(_largest_draw(expected, privacy.sample_rate, privacy.steps))
+    choosing = first + step(expected)
+    fixed = statistics.median(step(1) for _ in range(TURNS)) if expected * mean_scans > PROBE_SCANS else 0.0
+    taken = statistics.median(step(expected) for _ in range(TURNS))
+    scale = max(1.0, expected * mean_scans / PROBE_SCANS)
+    seconds = fixed + (taken - fixed) * scale if scale > 1 else taken
+    total = checked + max(0.0, choosing - 2 * taken) + privacy.steps * seconds
+    return Cost(seconds, total, peak_bytes(device) / 1e9)
 
 
-def _peak_gb() -> float:
-    """Peak memory of this process; the unit differs by system (getrusage(2))."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+def made_up_batch(space: ImageSpace, patients: int, mean_scans: float) -> Batch:
+    """Return random scans of so many patients, some with one scan more than others so that the mean is right."""
+    scans = max(patients, round(patients * mean_scans))
+    counts = np.full(patients, scans // patients) + (np.arange(patients) < scans % patients)
+    rng = np.random.default_rng(0)
+    x = rng.random((scans, space.channels, *space.spatial_shape), dtype=np.float32)
+    condition = np.zeros((scans, space.condition_width), dtype=np.float32)
+    return Batch(x, condition, np.repeat(np.arange(patients, dtype=np.int64), counts))
+
+
+def _largest_draw(expected: float, rate: float, steps: int) -> float:
+    """Return about the most patients that `steps` Poisson draws bring: Gumbel's bound on a maximum of Gaussians."""
+    return expected + math.sqrt(2 * math.log(max(2, steps)) * expected * (1 - rate))

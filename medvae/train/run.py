@@ -36,7 +36,7 @@ from medvae.train.canary import RunCanaries, make_canaries
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint, write_json
 from medvae.train.claim import SCHEMA, privacy_claim
 from medvae.train.distributed import make_job
-from medvae.train.loop import ALONE, OnStep, train_dpsgd
+from medvae.train.loop import ALONE, OnStep, require_memory, train_dpsgd
 from medvae.train.moments import RELEASES, MomentShapes, fit_moments
 from medvae.train.planning import TrainPlan, make_plan
 from medvae.train.randomness import Randomness, make_randomness
@@ -48,7 +48,7 @@ from medvae.vault.store import CohortStore, open_cohort
 RUN_SCHEMA = "medvae.run/1"
 MOMENTS = "moments"
 # May differ between a start and a resume: they change how fast a run is and not what it does.
-FREE_TO_CHANGE = {"threads", "device"}
+FREE_TO_CHANGE = {"threads", "device", "memory_gib"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,9 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
+    if plan.recipe.dpsgd.enabled:
+        require_memory(build_model(store.space, plan.recipe), store.space, plan.recipe.dpsgd, config.memory_gib, device)
+
     ledger = open_ledger(cohort)
     with _open_run(out, facts, resume=resume) as run:
         randomness = make_randomness(config.noise_source, config.seed)
@@ -103,8 +106,8 @@ def train(
         if plan.recipe.moments.enabled:
             _moments_stage(model, plan, store, randomness, run, canaries)
         if plan.recipe.dpsgd.enabled:
-            team.begin(make_job(plan, facts, config.threads, str(device), randomness))
-            _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step, team, canaries)
+            team.begin(make_job(plan, facts, config, str(device), randomness))
+            _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step, team, canaries, config)
         return _finish(model.cpu(), plan, store, randomness, ledger, run, receipt, team.size, canaries)
 
 
@@ -177,6 +180,7 @@ def _dpsgd_stage(
     on_step: OnStep | None,
     team: Team,
     canaries: RunCanaries | None,
+    config: TrainConfig,
 ) -> None:
     settings = plan.recipe.dpsgd
     sampler = PatientSampler(store, store.patients("train"), plan.privacy.sample_rate, settings.scans_per_patient)
@@ -192,6 +196,7 @@ def _dpsgd_stage(
         on_step=on_step,
         team=team,
         canaries=canaries.steps if canaries else None,
+        memory_gib=config.memory_gib,
     )
 
 

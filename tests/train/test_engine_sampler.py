@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medvae.config import ModelConfig
 from medvae.errors import ConfigError
 from medvae.nets.cvae import ConditionalVAE
+from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingModule, BookkeepingSampler
 from medvae.train.engine.tuner import Tuner, fastest, load_choices, save_choices
 from medvae.train.gradient import FunctorchSampler, check_sampler
@@ -73,9 +74,10 @@ def test_equals_functorch_on_the_conditional_vae(shape: tuple[int, ...], units: 
     model = vae(shape, units)
     batch, latent = cohort(shape, [1, 3, 2, 1])
     for bound in (0.05, 1e6):
-        options: Any = {"max_grad_norm": bound, "max_scans": max_scans}
-        expected, exact = FunctorchSampler(copy.deepcopy(model), **options).clipped_sum(batch, latent)
-        sums, stats = BookkeepingSampler(copy.deepcopy(model), **options).clipped_sum(batch, latent)
+        oracle = FunctorchSampler(copy.deepcopy(model), max_grad_norm=bound, max_scans=max_scans)
+        expected, exact = oracle.clipped_sum(batch, latent)
+        sampler = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=bound, limits=Limits(max_scans))
+        sums, stats = sampler.clipped_sum(batch, latent)
         assert stats.reveal().norms.tolist() == pytest.approx(exact.reveal().norms.tolist(), rel=1e-5)
         assert stats.reveal().loss == pytest.approx(exact.reveal().loss, rel=1e-5)
         assert stats.reveal().clipped == exact.reveal().clipped
@@ -86,14 +88,14 @@ def test_equals_functorch_on_the_conditional_vae(shape: tuple[int, ...], units: 
 def test_passes_the_check_before_training() -> None:
     model = vae((8, 12))
     batch, latent = cohort((8, 12), [2, 1])
-    sampler = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=0.1, max_scans=8)
+    sampler = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=0.1, limits=Limits(8))
     check_sampler(sampler, model, batch, latent)
 
 
 def test_empty_batch_gives_zeros() -> None:
     model = vae((8, 12))
     batch, latent = cohort((8, 12), [])
-    sums, stats = BookkeepingSampler(model, max_grad_norm=1.0, max_scans=4).clipped_sum(batch, latent)
+    sums, stats = BookkeepingSampler(model, max_grad_norm=1.0, limits=Limits(4)).clipped_sum(batch, latent)
     assert [s.shape for s in sums] == [p.shape for p in model.parameters()]
     assert float(flat(sums).abs().sum()) == 0.0
     assert math.isnan(stats.reveal().loss)
@@ -246,7 +248,7 @@ def test_a_bare_parameter_is_refused() -> None:
 
 def test_batch_norm_is_refused() -> None:
     with pytest.raises(ConfigError, match="BatchNorm2d"):
-        BookkeepingSampler(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), max_grad_norm=1.0, max_scans=4)
+        BookkeepingSampler(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), max_grad_norm=1.0, limits=Limits(4))
 
 
 class Bypass(Net):
@@ -321,13 +323,14 @@ def test_choices_are_stored_with_a_run_and_a_torn_file_only_costs_time(tmp_path:
     assert load_choices(tmp_path) == {}
 
 
+@pytest.mark.parametrize("room", [0.0, 5_000.0, math.inf])
 @pytest.mark.parametrize("kept", [1, 10**4, 10**9])
 @pytest.mark.parametrize("max_scans", [1, 4, 100])
-def test_a_batch_is_split_between_patients_only(kept: int, max_scans: int) -> None:
+def test_a_batch_is_split_between_patients_only(kept: int, max_scans: int, room: float) -> None:
     model = vae((8, 12))
     batch, latent = cohort((8, 12), [1, 7, 2, 3, 1])
-    whole, _ = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=0.1, max_scans=100).clipped_sum(batch, latent)
-    sampler = BookkeepingSampler(model, max_grad_norm=0.1, max_scans=max_scans, kept_bytes=kept)
+    whole, _ = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=0.1, limits=Limits(100)).clipped_sum(batch, latent)
+    sampler = BookkeepingSampler(model, max_grad_norm=0.1, limits=Limits(max_scans, kept, room))
     sums, stats = sampler.clipped_sum(batch, latent)
     assert len(stats.reveal().norms) == 5
     assert float((flat(sums) - flat(whole)).norm() / flat(whole).norm()) < 1e-4

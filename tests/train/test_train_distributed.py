@@ -22,6 +22,7 @@ from small_cohort import small_config, write_cohort
 from medvae.dp.ledger import Ledger
 from medvae.nets.build import build_model
 from medvae.synth.store import read_release
+from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.engine.tuner import Tuner
 from medvae.train.rule import resolve
@@ -110,7 +111,7 @@ def test_the_sum_of_the_shares_is_the_sum_of_the_whole(cohort: Path, max_scans: 
     recipe = resolve(small_config().recipe, 30, store.space)
     torch.manual_seed(0)
     engine = BookkeepingSampler(
-        build_model(store.space, recipe), max_grad_norm=0.5, max_scans=max_scans, tuner=Tuner(fixed="loop")
+        build_model(store.space, recipe), max_grad_norm=0.5, limits=Limits(max_scans), tuner=Tuner(fixed="loop")
     )
     sampler = PatientSampler(store, store.patients("train"), 0.3, 4)
     patients = [store.rows(np.asarray([p])) for p in (2, 3, 5, 8)]

@@ -20,7 +20,6 @@ from medvae.train.gradient import (
     PlainSampler,
     check_sampler,
     clip_patients,
-    max_scans_per_micro_batch,
     micro_batches,
 )
 from medvae.types import Batch, Condition, ImageSpace, Intensity
@@ -236,11 +235,3 @@ def test_the_check_passes_for_a_sound_model(dims: int) -> None:
     model = ToyNet(dims)
     batch, latent = make_batch([2, 1], dims)
     check_sampler(FunctorchSampler(copy.deepcopy(model), max_grad_norm=0.1, max_scans=8), model, batch, latent)
-
-
-def test_micro_batch_size_falls_with_the_budget() -> None:
-    model = ToyNet(2)
-    batch, latent = make_batch([1], 2)
-    small, large = (max_scans_per_micro_batch(model, batch, latent, budget) for budget in (1, 10**6))
-    assert small == 1
-    assert 10 < large < 1000

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,10 +16,13 @@ from torch import Tensor, nn
 from medvae.errors import ConfigError
 from medvae.train.engine.book import Book
 from medvae.train.engine.layers import Desk, install, remove
+from medvae.train.engine.memory import Limits
 from medvae.train.engine.segments import Segments
 from medvae.train.engine.tuner import Tuner
 from medvae.train.gradient import (
+    FULL,
     ROUNDING_MARGIN,
+    Compute,
     StepStats,
     check_sampler,
     micro_batches,
@@ -27,10 +32,9 @@ from medvae.train.gradient import (
 )
 from medvae.types import Batch, Private
 
-# Memory that the gradients of one part of a batch may take, in bytes: more gains nothing once the caches are full.
-KEPT_BYTES = 32 * 2**20
 # Each is checked before training, as any may be chosen later.
-STRATEGIES = ("loop", "grouped4", "unfold", "ghost")
+RECOMPUTE = "recompute"
+STRATEGIES = ("loop", "grouped4", "unfold", "ghost", RECOMPUTE)
 
 
 class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opacus ships no types
@@ -40,9 +44,10 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opac
     are known. Raises ConfigError, with its name, for a layer whose gradients it cannot take.
     """
 
-    def __init__(self, model: nn.Module, *, tuner: Tuner | None = None) -> None:
+    def __init__(self, model: nn.Module, *, tuner: Tuner | None = None, compute: Compute = FULL) -> None:
         super().__init__(model, loss_reduction="sum")
-        self._desk = Desk(tuner or Tuner())
+        self._compute = compute
+        self._desk = Desk(tuner or Tuner(), channels_last=compute.channels_last)
         self._layers = install(model, self._desk)
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
@@ -56,23 +61,31 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opac
         remove(self._layers)
 
     def clipped_sum(
-        self, inputs: tuple[Tensor, ...], weight: Tensor, counts: tuple[int, ...], max_norm: float
+        self,
+        inputs: tuple[Tensor, ...],
+        weight: Tensor,
+        counts: tuple[int, ...],
+        max_norm: float,
+        room: float = float("inf"),
     ) -> tuple[list[Tensor | None], Tensor, Tensor]:
         """Run the model forward and backward on scans sorted by patient.
 
         inputs: what the model takes, each (B, ...); it returns losses (B,). weight: (B,), the share of each scan in
         its patient's loss. counts: scans of each patient. Returns the sum of the patients' gradients, each clipped to
         `max_norm` over all parameters together, one float32 tensor a trainable parameter (None where it took no
-        part), the norms (P,) before the clip and the losses a patient (P,).
+        part), the norms (P,) before the clip and the losses a patient (P,). room: bytes of gradients that may be kept;
+        the rest is recomputed.
         """
-        book = Book(Segments(counts))
+        book = Book(Segments(counts), room)
         for _, parameter in self._named:
             parameter.grad = None
         self._desk.book = book
         try:
-            losses: Tensor = self._module(*inputs).float()
+            kind = weight.device.type
+            with self._compute.precision(kind) if self._compute.bf16 else nullcontext():
+                losses: Tensor = self._module(*(self._compute.laid_out(t) for t in inputs)).float()
             # Autocast is for the forward pass; backward repeats its precision by itself, and sums are in float32.
-            with torch.autocast(weight.device.type, enabled=False):
+            with torch.autocast(kind, enabled=False):
                 losses.backward(weight)  # type: ignore[no-untyped-call]
                 self._refuse_plain_gradients()
                 with torch.no_grad():
@@ -97,8 +110,8 @@ class BookkeepingModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opac
 class BookkeepingSampler:
     """The engine behind the `GradSampler` protocol.
 
-    A batch is split between patients, never inside one, so that at most `max_scans` scans are in memory and the
-    gradients that are kept take at most `kept_bytes`; one patient is always taken whole.
+    A batch is split between patients, never inside one, so that at most `limits.scans` scans are in memory and the
+    gradients that are kept take at most `limits.kept` bytes; one patient is always taken whole.
     """
 
     def __init__(
@@ -106,16 +119,16 @@ class BookkeepingSampler:
         model: nn.Module,
         *,
         max_grad_norm: float,
-        max_scans: int,
-        kept_bytes: int = KEPT_BYTES,
+        limits: Limits,
         tuner: Tuner | None = None,
+        compute: Compute = FULL,
     ) -> None:
         refuse_unsupported(model)
-        self._module = BookkeepingModule(model.train(), tuner=tuner)
+        self._module = BookkeepingModule(model.train(), tuner=tuner, compute=compute)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._max_grad_norm = max_grad_norm
-        self._max_scans = max_scans
-        self._max_patients = max(1, kept_bytes // (4 * sum(p.numel() for p in self._parameters)))
+        self._limits = limits
+        self._max_patients = max(1, limits.kept // (4 * sum(p.numel() for p in self._parameters)))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -138,7 +151,8 @@ class BookkeepingSampler:
             arrays = (torch.from_numpy(batch.x[part]), torch.from_numpy(batch.condition[part]), latent[part])
             inputs = tuple(t.to(device) for t in arrays)
             weight = (1 / counts[segment]).to(device)
-            sums, norm, loss = self._module.clipped_sum(inputs, weight, tuple(counts.tolist()), bound)
+            lengths = tuple(counts.tolist())
+            sums, norm, loss = self._module.clipped_sum(inputs, weight, lengths, bound, self._limits.room)
             totals = [b if a is None else a if b is None else a.add_(b) for a, b in zip(totals, sums, strict=True)]
             norms.append(norm.cpu())
             losses.append(loss.cpu())
@@ -147,7 +161,7 @@ class BookkeepingSampler:
 
     def _parts(self, patient: np.ndarray) -> Iterator[slice]:
         """Split sorted patients (B,) into slices of whole patients that fit."""
-        for part in micro_batches(patient, self._max_scans):
+        for part in micro_batches(patient, self._limits.scans):
             starts = part.start + np.flatnonzero(np.diff(patient[part], prepend=patient[part][:1] - 1))
             parts = -(-len(starts) // self._max_patients)
             edges = [int(some[0]) for some in np.array_split(starts, parts)] + [part.stop]
@@ -161,16 +175,22 @@ def checked_sampler(
     latent: Tensor,
     *,
     max_grad_norm: float,
-    max_scans: int,
+    limits: Limits,
     tuner: Tuner,
+    compute: Compute = FULL,
 ) -> BookkeepingSampler:
     """Return the engine for a model, after every strategy agreed with plain autograd on made-up scans.
 
-    moved: a copy of the model off its start, where no layer hides another. Raises ConfigError as `check_sampler`.
+    moved: a copy of the model off its start, where no layer hides another. The check is made in float32, as bfloat16
+    would hide a fault behind its rounding. Raises ConfigError as `check_sampler`.
     """
     for strategy in STRATEGIES:
         probe = BookkeepingSampler(
-            copy.deepcopy(moved), max_grad_norm=max_grad_norm, max_scans=max_scans, tuner=Tuner(fixed=strategy)
+            copy.deepcopy(moved),
+            max_grad_norm=max_grad_norm,
+            limits=replace(limits, room=0.0) if strategy == RECOMPUTE else limits,
+            tuner=Tuner(fixed=strategy),
+            compute=replace(compute, bf16=False),
         )
         check_sampler(probe, moved, batch, latent)
-    return BookkeepingSampler(model, max_grad_norm=max_grad_norm, max_scans=max_scans, tuner=tuner)
+    return BookkeepingSampler(model, max_grad_norm=max_grad_norm, limits=limits, tuner=tuner, compute=compute)
