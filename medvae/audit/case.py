@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,13 @@ Group = Literal["fidelity", "utility", "privacy"]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a tier looks at and computes. patients and scans are caps of each real split."""
+    """How much a tier looks at and computes.
+
+    patients and scans are caps of each real split where alikeness is measured; pool, of patients that shadow models
+    train on; judged, of patients a side whom the costly attacks score. deep_minutes: longest that shadow models by
+    DP-SGD may take, None for as long as it takes. made: synthetic volumes for the attacks that need many (five times
+    as many in 2D).
+    """
 
     patients: int
     scans: int
@@ -30,18 +37,30 @@ class Effort:
     segmenter_steps: int
     control_patients: int
     control_steps: int
+    pool: int
+    judged: int
+    closed_shadows: int
+    deep_shadows: int
+    deep_minutes: float | None
+    generators: int
+    made: int
+    guesses: int
 
 
 EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(256, 4, 16, 200, 60, 120, 100, 16, 300),
-    "standard": Effort(1000, 8, 64, 500, 200, 800, 800, 64, 2000),
-    "full": Effort(4000, 16, 256, 1000, 400, 2000, 2000, 128, 6000),
+    "quick": Effort(256, 4, 64, 200, 60, 120, 100, 64, 400, 1000, 250, 16, 0, 0.0, 4, 200, 500),
+    "standard": Effort(1000, 8, 64, 500, 200, 800, 800, 100, 1200, 4000, 1000, 64, 8, 10.0, 8, 500, 2000),
+    "full": Effort(4000, 16, 256, 1000, 400, 2000, 2000, 200, 3000, 20000, 4000, 256, 64, None, 16, 2000, 5000),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """Everything the parts look at. `made_provenance` is "dp" only where the model's privacy is claimed at all."""
+    """Everything the parts look at. `made_provenance` is "dp" only where the model's privacy is claimed at all.
+
+    train and holdout: what alikeness is measured on; members and others: the same splits, as many as attacks take.
+    folder: where shadow models are kept between audits of this very run and cohort, or None.
+    """
 
     release: ModelRelease
     claim: Mapping[str, Any]
@@ -50,6 +69,9 @@ class Case:
     holdout: Scans
     made: Scans
     made_provenance: Provenance
+    members: Scans
+    others: Scans
+    folder: Path | None = None
 
     @property
     def effort(self) -> Effort:
@@ -76,11 +98,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the audit found. `notes`: facts for the decision, all of them private."""
+    """What one part of the audit found. notes: facts for the decision; attacks: for the report. Both are private."""
 
     findings: tuple[Finding, ...] = ()
     figures: Mapping[str, Figure] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    attacks: Mapping[str, Any] = field(default_factory=dict)
 
 
 def finding(

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from medvae.audit.material import Scans
+from medvae.audit.stacked import Batches, Schedule, train_stacked
+from medvae.types import Progress
 
-HIDDEN = 128
+HIDDEN = 64
 LATENT = 24
 SCALE = 0.1
 LEARNING_RATE = 4e-3
@@ -48,28 +51,39 @@ class ControlVAE(nn.Module):
         constant = math.log(SCALE) + 0.5 * math.log(2 * math.pi)
         return torch.sum(0.5 * ((x.flatten(1) - out) / SCALE).square() + constant, 1)
 
-    def loss(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return the negative ELBO a channel element, averaged over the batch."""
+    def forward(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
+        """Return the negative ELBO a channel element, (B,)."""
         mean, log_variance = self.encode(x, condition)
-        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        z = mean + torch.exp(0.5 * log_variance) * noise
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
-        return torch.mean(self.reconstruction(x, z, condition) + kl) / x[0].numel()
+        return (self.reconstruction(x, z, condition) + kl) / x[0].numel()
 
 
 def overfit(members: Scans, steps: int, seed: int) -> ControlVAE:
     """Train the control on these scans by plain Adam."""
-    rng = np.random.default_rng(seed)
+    return overfit_many(members, np.ones((1, len(members.patients)), dtype=bool), steps, seed)[0]
+
+
+def overfit_many(
+    pool: Scans, included: npt.NDArray[np.bool_], steps: int, seed: int, progress: Progress | None = None
+) -> list[ControlVAE]:
+    """Train one control on the patients of each row of `included` (K, P), all of them stacked."""
+    index = np.searchsorted(pool.patients, pool.patient)
+    rows = [np.flatnonzero(row[index]) for row in included]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ControlVAE(members.x[0].size, members.condition.shape[1])
-        with torch.no_grad():  # starting at the members' mean saves the steps that would only find it
-            model.last.bias.copy_(torch.from_numpy(members.x.mean(0).ravel()))
-        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-        for _ in range(steps):
-            rows = rng.choice(len(members), size=min(BATCH, len(members)), replace=False)
-            x, condition = torch.from_numpy(members.x[rows]), torch.from_numpy(members.condition[rows])
-            optimizer.zero_grad()
-            loss = model.loss(x, condition)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    return model.eval()
+        models = [ControlVAE(pool.x[0].size, pool.condition.shape[1]) for _ in rows]
+    with torch.no_grad():  # starting at the members' mean saves the steps that would only find it
+        for model, mine in zip(models, rows, strict=True):
+            model.last.bias.copy_(torch.from_numpy(pool.x[mine].mean(0).ravel()))
+    rng = np.random.default_rng(seed)
+
+    def draw(step: int) -> Batches:
+        chosen = np.stack([rng.choice(mine, size=BATCH, replace=len(mine) < BATCH) for mine in rows])[:, :, None]
+        latent = rng.standard_normal((*chosen.shape, LATENT)).astype(np.float32)
+        weight = np.ones(chosen.shape, dtype=np.float32)
+        return Batches(*(torch.from_numpy(a) for a in (pool.x[chosen], pool.condition[chosen], latent, weight)))
+
+    schedule = Schedule(steps, lambda step: LEARNING_RATE, divisor=BATCH)
+    train_stacked(models, draw, schedule, torch.Generator().manual_seed(seed), progress)
+    return [model.eval() for model in models]

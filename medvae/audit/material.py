@@ -89,26 +89,43 @@ class Scans:
         return self.of(order[:half]), self.of(order[half:])
 
 
-def load_scans(store: Store, split: str, max_patients: int, max_scans: int, rng: np.random.Generator) -> Scans:
-    """Load at most `max_patients` random patients of a split, each with at most `max_scans` of their scans.
+def load_scans(store: Store, split: str, max_patients: int, rng: np.random.Generator) -> Scans:
+    """Load at most `max_patients` random patients of a split with all of their scans, up to MAX_ELEMENTS numbers.
 
-    Rows are read in small batches into one array of at most MAX_ELEMENTS numbers.
+    Rows are read in small batches into one array.
     """
     space = store.space
-    per_scan = space.channels * math.prod(space.spatial_shape)
-    fits = max(1, MAX_ELEMENTS // (per_scan * max_scans))
-    every = np.asarray(store.patients(split), dtype=np.int64)
-    chosen = np.sort(rng.permutation(every)[: min(max_patients, fits)])
-    rows = [rng.permutation(np.asarray(store.rows(np.asarray([p], dtype=np.int64))))[:max_scans] for p in chosen]
-    flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+    room = max(1, MAX_ELEMENTS // (space.channels * math.prod(space.spatial_shape)))
+    every = rng.permutation(np.asarray(store.patients(split), dtype=np.int64))[:max_patients]
+    rows = [np.asarray(store.rows(np.asarray([p], dtype=np.int64))) for p in every]
+    fits = int(np.searchsorted(np.cumsum([len(r) for r in rows]), room, side="right")) if rows else 0
+    flat = np.sort(np.concatenate(rows[: max(1, fits)])) if rows else np.zeros(0, dtype=np.int64)
     x = np.empty((len(flat), space.channels, *space.spatial_shape), dtype=np.float32)
     condition = np.empty((len(flat), space.condition_width), dtype=np.float32)
     patient = np.empty(len(flat), dtype=np.int64)
     for start in range(0, len(flat), LOAD_ROWS):
-        batch = store.load(np.sort(flat[start : start + LOAD_ROWS]))
+        batch = store.load(flat[start : start + LOAD_ROWS])
         stop = start + len(batch.x)
         x[start:stop], condition[start:stop], patient[start:stop] = batch.x, batch.condition, batch.patient
     return Scans(x, condition, patient, space)
+
+
+def subset(scans: Scans, max_patients: int, max_scans: int, rng: np.random.Generator) -> Scans:
+    """Return at most `max_patients` random patients, each with at most `max_scans` of their scans."""
+    chosen = rng.permutation(scans.patients)[:max_patients]
+    rows = [rng.permutation(np.flatnonzero(scans.patient == p))[:max_scans] for p in chosen]
+    flat = np.sort(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.int64)
+    return scans if len(flat) == len(scans) else scans.take(flat)
+
+
+def join(a: Scans, b: Scans) -> Scans:
+    """Return the scans of both; their patients must differ."""
+    return Scans(
+        np.concatenate([a.x, b.x]),
+        np.concatenate([a.condition, b.condition]),
+        np.concatenate([a.patient, b.patient]),
+        a.space,
+    )
 
 
 def synthetic_scans(cohort: SyntheticCohort) -> Scans:
@@ -128,18 +145,25 @@ def shrink(scans: Scans, longest: int) -> Scans:
 
     Axes are cut to a multiple of the factor; masks become the majority of their block.
     """
-    shape = scans.x.shape[2:]
+    images = block_average(scans.images, longest)
+    if images.shape == scans.images.shape:
+        return scans
+    masks = [block_average(scans.x[:, c], longest) > 0.5 for c in range(1, scans.x.shape[1])]
+    x = np.stack([images, *masks], axis=1).astype(np.float32)
+    return Scans(x, scans.condition, scans.patient, resized(scans.space, images.shape[1:]))
+
+
+def block_average(images: FloatArray, longest: int) -> FloatArray:
+    """Return images (N, *spatial) averaged over blocks of one whole factor, so that no axis is above `longest`."""
+    shape = images.shape[1:]
     factor = math.ceil(max(shape) / longest)
     if factor == 1:
-        return scans
+        return images
     small = tuple(max(1, n // factor) for n in shape)
-    cut = scans.x[
-        (slice(None), slice(None), *(slice(0, n * min(factor, o)) for n, o in zip(small, shape, strict=True)))
-    ]
+    cut = images[(slice(None), *(slice(0, n * min(factor, o)) for n, o in zip(small, shape, strict=True)))]
     blocks: Sequence[int] = [k for n, o in zip(small, shape, strict=True) for k in (n, min(factor, o))]
-    pooled = cut.reshape(*cut.shape[:2], *blocks).mean(axis=tuple(range(3, 3 + 2 * len(small), 2)))
-    x = np.concatenate([pooled[:, :1], pooled[:, 1:] > 0.5], axis=1, dtype=np.float32)
-    return Scans(x, scans.condition, scans.patient, resized(scans.space, small))
+    pooled = cut.reshape(len(cut), *blocks).mean(axis=tuple(range(2, 2 + 2 * len(small), 2)))
+    return np.asarray(pooled, dtype=np.float32)
 
 
 def resized(space: ImageSpace, shape: tuple[int, ...]) -> ImageSpace:

@@ -1,243 +1,209 @@
-"""The privacy part of an audit: what is proven, what the attack finds, and whether the attack can be believed."""
+"""The privacy part of an audit: every attack with baseline and controls, put together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from medvae.audit import membership, neighbours
-from medvae.audit.case import Case, Figure, Part, finding
+from medvae.audit import membership, risks, verdicts
+from medvae.audit.attacks import PRIMARIES, Family, Pool, control_pool, make_pool, strata
+from medvae.audit.case import Case, Part, finding
+from medvae.audit.diagnostics import diagnostics
 from medvae.audit.embedding import embed
-from medvae.audit.intervals import Estimate, auc
-from medvae.audit.material import Scans, shrink
-from medvae.audit.membership import Scores
-from medvae.types import Finding, Mechanism
+from medvae.audit.intervals import Estimate
+from medvae.audit.shadows import Shadows, folder_of, run_shadows, splits
+from medvae.config import Recipe, build
+from medvae.types import Progress
 
-CONTROL_PLANE, CONTROL_VOLUME = 32, 16
-DIAGNOSTIC = "debugging only, never evidence of privacy"
+if TYPE_CHECKING:
+    from medvae.audit.shadow_recipe import ClosedForm
+    from medvae.types import FloatArray
+
+T = TypeVar("T")
+STEPS = 100
 
 
-def privacy_part(case: Case) -> Part:
-    """Membership attack with baseline and controls, then the diagnostics."""
-    rng = case.rng(3)
-    count = len(case.holdout.patients)
-    members = case.train.of(np.sort(rng.permutation(case.train.patients)[:count]))
-    others = case.holdout.of(np.sort(rng.permutation(case.holdout.patients)[: len(members.patients)]))
-    fewest = len(others.patients)
-    diagnostics = _diagnostics(case, members, others)
-    if fewest < membership.MIN_PATIENTS:
-        verdict = f"not measurable: {fewest} held-out patients, needs at least {membership.MIN_PATIENTS}"
-        found = finding(f"membership, {membership.PRIMARY}, auc", "privacy", None, verdict=verdict)
-        return Part((found, *diagnostics), notes={"membership": "not measurable", "reason": verdict})
+class Clock:
+    """Seconds by section, and progress in a hundred steps."""
 
-    from medvae.nets.build import load_release
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
 
-    seed, confidence = case.config.seed, case.config.confidence
-    blind = _blind(case, members, others)
-    control = _control(case)
-    attacks = membership.attack(load_release(case.release), members, others, case.effort.draws, seed)
-    why_not = membership.measurable(attacks[membership.PRIMARY])
-    if why_not:
-        found = finding(f"membership, {membership.PRIMARY}, auc", "privacy", None, verdict=why_not)
-        return Part((found, blind, *diagnostics), notes={"membership": "not measurable", "reason": why_not})
+    def time(self, section: str, work: Callable[[], T]) -> T:
+        """Do the work; its time adds to the section's."""
+        began = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.seconds[section] = self.seconds.get(section, 0.0) + time.monotonic() - began
 
-    attacks = {name: scores for name, scores in attacks.items() if not membership.measurable(scores)}
-    state = _state(blind, control)
-    above = membership.excess(attacks, lambda fpr: _bound(case.claim, fpr), confidence)
-    findings = [
-        *_areas(attacks, blind, control, state, confidence),
-        *_rates(case, attacks[membership.PRIMARY], control, state),
-        _against_proof(above, case.claim, state, fewest),
-        blind,
-        *_controls(attacks, control, confidence, seed),
+    def between(self, start: int, end: int) -> Progress:
+        """Return a progress of (done, total) that walks from one step to another."""
+
+        def tell(done: int, total: int) -> None:
+            if self._progress is not None:
+                self._progress(start + (end - start) * done // max(1, total), STEPS)
+
+        return tell
+
+
+def privacy_part(case: Case, progress: Progress | None = None) -> Part:
+    """Membership attacks with baseline and controls, copies, attribute risks, then the diagnostics."""
+    clock = Clock(progress)
+    rest = [
+        _copies(case, clock),
+        _risks(case, clock),
+        Part(tuple(clock.time("diagnostics", lambda: diagnostics(case)))),
     ]
-    notes = {
-        "membership": state or "measured",
-        "refuted": above > 0 and not state.startswith("INVALID"),
-        "auc": membership.area(attacks[membership.PRIMARY], confidence),
-    }
-    return Part((*findings, *diagnostics), _figures(case, attacks, control), notes)
+    clock.between(0, 20)(1, 1)
+    fewest = min(len(case.members.patients), len(case.others.patients))
+    if fewest < membership.MIN_PATIENTS:
+        reason = f"not measurable: {fewest} patients on one side, needs at least {membership.MIN_PATIENTS}"
+        return _together(verdicts.nothing(reason), *rest, seconds=clock.seconds)
+    blind = clock.time("blind baseline", lambda: _blind(case))
+    pool = make_pool(case.members, case.others, case.effort.judged, case.rng(3))
+    families, shadows = _families(case, pool, clock)
+    measured = verdicts.membership_part(case, families, blind, primary_of(families), shadows)
+    measured = _together(measured, verdicts.subgroup_part(case, families, primary_of(families), pool))
+    return _together(measured, *rest, seconds=clock.seconds)
 
 
-def _bound(claim: Mapping[str, Any], fpr: membership.Floats) -> membership.Floats:
-    """Return the proven limit of the TPR; 1 where nothing is proven."""
-    from medvae.dp.tradeoff import tpr_bound
-
-    if claim["epsilon"] is None:
-        return np.ones_like(fpr)
-    return np.asarray(tpr_bound([Mechanism.from_json(m) for m in claim["mechanisms"]], fpr), dtype=np.float64)
+def primary_of(families: Mapping[str, Family]) -> str | None:
+    """Return the name of the primary attack: the first on the list that could be made."""
+    made = {name for family in families.values() for name in family.attacks}
+    return next((name for name in PRIMARIES if name in made), None)
 
 
-def _blind(case: Case, members: Scans, others: Scans) -> Finding:
-    inside, outside = (membership.patient_means(embed(s.images), s.patient) for s in (members, others))
-    found = membership.blind_baseline(inside, outside, case.config.confidence, case.config.seed)
-    fair = found.low <= 0.5 <= found.high
-    verdict = (
-        "valid: members and non-members cannot be told apart without the model"
-        if fair
-        else "INVALID: members and non-members differ without the model, so no membership result below can be believed"
-    )
-    return finding("membership, blind baseline, auc", "privacy", found, baseline=0.5, verdict=verdict)
+def _families(case: Case, pool: Pool, clock: Clock) -> tuple[dict[str, Family], list[Shadows]]:
+    """Run every family of attacks that the audited model allows."""
+    recipe: Recipe = build(Recipe, **case.release.card["recipe"])
+    deep, linear = recipe.dpsgd.enabled is not False, "linear.mean_map" in case.release.weights
+    control = control_pool(pool, case.effort.control_patients, case.rng(4))
+    seed, effort = case.config.seed, case.effort
+    families: dict[str, Family] = {}
+    trained: list[Shadows] = []
+    trainer: ClosedForm | None = None
+    if linear:
+        from medvae.audit import closed_form_attack
+        from medvae.audit.linear_scores import cosines
 
+        full = clock.time("shadows", lambda: cosines(pool.scans.x))
+        trainer = closed_form_attack.prepare(pool, full, recipe, _noise(case, pool), seed)
+        shadows = clock.time("shadows", lambda: _closed_shadows(case, pool, trainer, clock.between(20, 60)))
+        trained.append(shadows)
+        families["closed form"] = clock.time("white-box", lambda: _closed(case, pool, full, recipe, shadows, control))
+    if deep:
+        whole = clock.time("shadows", lambda: _whole_shadows(case, pool, recipe, trainer, clock.between(60, 85)))
+        trained.append(whole)
+        families["vae"] = clock.time("white-box", lambda: _deep(case, pool, whole, control))
+    from medvae.audit import synthetic_attack
 
-def _control(case: Case) -> dict[str, Scores]:
-    """Attack a non-private model trained to overfit; its members and non-members are both training patients."""
-    from medvae.audit.control import overfit
-
-    pool = shrink(case.train, CONTROL_PLANE if case.train.space.spatial_dims == 2 else CONTROL_VOLUME)
-    order = case.rng(4).permutation(pool.patients)
-    size = min(case.effort.control_patients, len(order) // 2)
-    inside, outside = pool.of(order[:size]), pool.of(order[size : 2 * size])
-    if size < membership.MIN_PATIENTS:
-        return {}
-    model = overfit(inside, case.effort.control_steps, case.config.seed)
-    return membership.attack(model, inside, outside, case.effort.draws, case.config.seed)
-
-
-def _broken(control: Mapping[str, Scores]) -> bool:
-    primary = control.get(membership.PRIMARY)
-    return primary is not None and auc(primary.members, primary.others) >= membership.BROKEN_AUC
-
-
-def _state(blind: Finding, control: Mapping[str, Scores]) -> str:
-    if blind.verdict.startswith("INVALID"):
-        return "INVALID: the blind baseline tells members from non-members"
-    if not _broken(control):
-        return "INCONCLUSIVE: the attack did not break the model that was made to leak"
-    return ""
-
-
-def _areas(
-    attacks: Mapping[str, Scores], blind: Finding, control: Mapping[str, Scores], state: str, confidence: float
-) -> list[Finding]:
-    found = []
-    for name in sorted(attacks, key=lambda n: n != membership.PRIMARY):
-        estimate = membership.area(attacks[name], confidence)
-        beside = auc(control[name].members, control[name].others) if name in control else None
-        seen = "no better than guessing, as far as this many patients can tell"
-        verdict = state or (seen if estimate.low <= 0.5 else "better than guessing: some membership shows")
-        found.append(
-            finding(
-                f"membership, {name}, auc", "privacy", estimate, baseline=blind.value, control=beside, verdict=verdict
-            )
-        )
-    return found
-
-
-def _rates(case: Case, scores: Scores, control: Mapping[str, Scores], state: str) -> list[Finding]:
-    found = []
-    for asked in membership.FALSE_POSITIVE_RATES:
-        name = f"membership, {membership.PRIMARY}, tpr at {asked:.0%} fpr"
-        got = membership.rate(scores, asked, case.config.confidence)
-        if got.value is None or got.low is None or got.high is None:
-            have = len(scores.others)
-            verdict = f"not measurable: needs {got.needs} non-members, there are {have}"
-            found.append(finding(name, "privacy", None, n=have, baseline=asked, verdict=verdict))
-            continue
-        leaky = membership.rate(control[membership.PRIMARY], asked, case.config.confidence) if control else None
-        limit = float(_bound(case.claim, np.asarray([asked]))[0])
-        words = "no limit is proven for this model" if case.claim["epsilon"] is None else f"proven limit {limit:.3g}"
-        estimate = Estimate(got.value, got.low, got.high, len(scores.members))
-        beside = None if leaky is None else leaky.value
-        found.append(
-            finding(
-                name,
-                "privacy",
-                estimate,
-                baseline=asked,
-                control=beside,
-                verdict=f"{state}; {words}" if state else words,
-            )
-        )
-    return found
-
-
-def _against_proof(above: float, claim: Mapping[str, Any], state: str, n: int) -> Finding:
-    if claim["epsilon"] is None:
-        return finding(
-            "membership, above the proven curve", "privacy", None, verdict="no curve is proven for this model"
-        )
-    verdict = "ABOVE the proven curve: the claim is refuted" if above > 0 else "under the proven curve"
-    estimate = Estimate(above, float("nan"), float("nan"), n)
-    return finding(
-        "membership, above the proven curve",
-        "privacy",
-        estimate,
-        baseline=0.0,
-        verdict=f"{state}; {verdict}" if state else verdict,
-    )
-
-
-def _controls(
-    attacks: Mapping[str, Scores], control: Mapping[str, Scores], confidence: float, seed: int
-) -> list[Finding]:
-    name = "membership, positive control, auc"
-    primary = control.get(membership.PRIMARY)
-    if primary is None or membership.measurable(primary):
-        verdict = f"not measurable: needs {2 * membership.MIN_PATIENTS} training patients and finite scores"
-        positive = finding(name, "privacy", None, verdict=verdict)
-    else:
-        verdict = "broken, as it must be" if _broken(control) else f"NOT broken: below {membership.BROKEN_AUC}"
-        positive = finding(name, "privacy", membership.area(primary, confidence), baseline=0.5, verdict=verdict)
-    alarms = membership.false_alarms(attacks[membership.PRIMARY].others, confidence, seed)
-    calm = alarms.value <= 3 * (1 - confidence)
-    verdict = "as rare as its confidence says" if calm else "too often: the intervals are too narrow here"
-    negative = finding(
-        "membership, negative control, false alarms", "privacy", alarms, baseline=1 - confidence, verdict=verdict
-    )
-    return [positive, negative]
-
-
-def _figures(case: Case, attacks: Mapping[str, Scores], control: Mapping[str, Scores]) -> dict[str, Figure]:
-    confidence = case.config.confidence
-    rows = []
-    for name, scores in attacks.items():
-        found = membership.area(scores, confidence)
-        row: dict[str, Any] = {"score": name, "auc": found.value, "low": found.low, "high": found.high}
-        for asked in membership.FALSE_POSITIVE_RATES:
-            row[f"tpr at {asked:.0%} fpr"] = membership.rate(scores, asked, confidence).value
-        leaky = control.get(name)
-        rows.append(row | {"control auc": None if leaky is None else auc(leaky.members, leaky.others)})
-    curves: dict[str, Any] = {"model": membership.curve(attacks[membership.PRIMARY])}
-    if membership.PRIMARY in control:
-        curves["positive control"] = membership.curve(control[membership.PRIMARY])
-    return {
-        "empirical roc": Figure(
-            "Membership attack on real patients", "private", {"score": membership.PRIMARY, "curves": curves}
+    generators = trained[-1]
+    families["synthetic only"] = clock.time(
+        "synthetic-only",
+        lambda: synthetic_attack.family(
+            case.release,
+            embed(case.made.images),
+            pool,
+            generators,
+            control,
+            (effort.made, effort.generators),
+            seed,
+            clock.between(85, 100),
         ),
-        "attack scores": Figure("Every score of the membership attack", "private", {"rows": rows}),
-    }
+    )
+    return families, trained
 
 
-def _diagnostics(case: Case, members: Scans, others: Scans) -> list[Finding]:
-    """Closest records, with one random scan a patient so that both real groups are of one size."""
-    if len(others.patients) < 2:
-        return []
-    one, two = _one_each(members, case.rng(5)), _one_each(others, case.rng(6))
-    first, second = case.holdout.halves(case.rng(7))
-    found = []
-    for name, view in (("embedding", lambda s: embed(s.images)), ("pixels", neighbours.pixels)):
-        made, train, held = view(case.made), view(one), view(two)
-        share = neighbours.closer_to_training(made, train, held, case.config.confidence)
-        near = float(np.median(neighbours.closest(made, train)))
-        usual = float(np.median(neighbours.closest(view(first), view(second))))
-        found.append(
-            finding(f"closest record is a training one, {name}", "privacy", share, baseline=0.5, verdict=DIAGNOSTIC)
-        )
-        estimate = Estimate(near, float("nan"), float("nan"), len(made))
-        found.append(
-            finding(
-                f"median distance to closest training record, {name}",
-                "privacy",
-                estimate,
-                baseline=usual,
-                verdict=DIAGNOSTIC,
-            )
-        )
-    return found
+def _noise(case: Case, pool: Pool) -> dict[str, float]:
+    """Return the noise of closed-form shadows, scaled so that a mean over their fewer patients is as noisy."""
+    from medvae.train.moments import RELEASES
+
+    known = {m["name"]: float(m["event"]["noise_multiplier"]) for m in case.claim["mechanisms"]}
+    kept = splits(strata(pool.scans), pool.seen, 1, case.config.seed)[0].sum() / max(1, int(case.claim["patients"]))
+    return {name: known.get(name, 0.0) * float(kept) for name in RELEASES}
 
 
-def _one_each(scans: Scans, rng: np.random.Generator) -> Scans:
-    return scans.take(np.asarray([rng.choice(np.flatnonzero(scans.patient == p)) for p in scans.patients]))
+def _facts(case: Case, kind: str) -> dict[str, Any]:
+    """Return everything that a stored shadow depends on."""
+    config, effort = case.config, case.effort
+    patients = [case.members.patients.tolist(), case.others.patients.tolist()]
+    model = {k: case.claim.get(k) for k in ("weights_sha256", "mechanisms")}
+    judged = [effort.judged, effort.draws] if kind == "whole" else []
+    return {"kind": kind, "seed": config.seed, "patients": patients, "judged": judged, **model}
+
+
+def _folder(case: Case, kind: str) -> Any:
+    return None if case.folder is None else folder_of(case.folder, _facts(case, kind))
+
+
+def _closed_shadows(case: Case, pool: Pool, trainer: Any, progress: Progress) -> Shadows:
+    included = splits(strata(pool.scans), pool.seen, case.effort.closed_shadows, case.config.seed)
+    folder = _folder(case, "closed form")
+    return run_shadows(trainer, included, folder, cluster=case.config.cluster, progress=progress)
+
+
+def _closed(case: Case, pool: Pool, full: FloatArray, recipe: Recipe, shadows: Shadows, control: Pool | None) -> Family:
+    from medvae.audit.closed_form_attack import family
+
+    return family(pool, full, recipe, case.release.weights, shadows, control, case.config.seed)
+
+
+def _whole_shadows(case: Case, pool: Pool, recipe: Recipe, trainer: Any, progress: Progress) -> Shadows:
+    from medvae.audit.deep_attack import shadow_models, trainer_of
+    from medvae.dp.staging import DPSGD
+
+    noise = [float(m["event"]["noise_multiplier"]) for m in case.claim["mechanisms"] if m["name"] == DPSGD]
+    private, effort = case.claim["epsilon"] is not None, case.effort
+    if effort.deep_shadows and (recipe.dpsgd.steps is None or recipe.dpsgd.sample_rate is None):
+        return Shadows(np.zeros((0, len(pool.member)), dtype=bool), [], 0, 0, 0, 0.0, "the recipe is not resolved")
+    deep = trainer_of(pool, recipe, noise[0] if noise else 0.0, private, trainer, effort.draws, case.config.seed)
+    folder = _folder(case, "whole")
+    return shadow_models(deep, pool, effort.deep_shadows, effort.deep_minutes, folder, case.config.cluster, progress)
+
+
+def _deep(case: Case, pool: Pool, shadows: Shadows, control: Pool | None) -> Family:
+    from medvae.audit.deep_attack import family
+
+    effort = case.effort
+    return family(case.release, pool, shadows, control, effort.draws, effort.control_steps, case.config.seed)
+
+
+def _blind(case: Case) -> Estimate:
+    """Tell members from non-members without the model, from one average embedding a patient; as many of each."""
+    rng, size = case.rng(8), case.effort.judged
+    sides = []
+    for side in (case.members, case.others):
+        scans = side.of(np.sort(rng.permutation(side.patients)[:size]))
+        sides.append(membership.patient_means(embed(scans.images), scans.patient))
+    return membership.blind_baseline(sides[0], sides[1], case.config.confidence, case.config.seed)
+
+
+def _copies(case: Case, clock: Clock) -> Part:
+    found = clock.time("copies", lambda: risks.find_copies(case))
+    if found is None:
+        few = len(case.others.patients)
+        words = f"not measurable: {few} held-out patients, needs at least {membership.MIN_PATIENTS}"
+        return Part((finding("copies, flagged share", "privacy", None, verdict=words),))
+    return verdicts.copies_part(found)
+
+
+def _risks(case: Case, clock: Clock) -> Part:
+    return verdicts.risks_part(clock.time("risks", lambda: risks.inference_risks(case)))
+
+
+def _together(*parts: Part, seconds: Mapping[str, float] | None = None) -> Part:
+    """Put parts together, in order."""
+    attacks: dict[str, Any] = {k: v for part in parts for k, v in part.attacks.items()}
+    if seconds is not None:
+        attacks["seconds"] = dict(seconds)
+    return Part(
+        tuple(f for part in parts for f in part.findings),
+        {k: v for part in parts for k, v in part.figures.items()},
+        {k: v for part in parts for k, v in part.notes.items()},
+        attacks,
+    )

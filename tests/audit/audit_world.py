@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from medvae.audit.case import Case, Effort
 from medvae.audit.material import Scans
-from medvae.config import DpSgdConfig, ModelConfig, MomentsConfig, Recipe
+from medvae.config import AuditConfig, DpSgdConfig, ModelConfig, MomentsConfig, Recipe
 from medvae.synth.phantom import make_phantom
 from medvae.synth.store import write_release
 from medvae.types import Condition, ImageSpace, Intensity, Mechanism, ModelRelease
@@ -19,6 +20,25 @@ from medvae.vault.store import CohortWriter, open_cohort
 CONDITIONS = (
     Condition("lesion", "class", classes=("absent", "present")),
     Condition("age", "continuous", range=(20.0, 90.0)),
+)
+TINY = Effort(
+    patients=64,
+    scans=2,
+    draws=4,
+    replicates=20,
+    pairs=8,
+    classifier_steps=8,
+    segmenter_steps=4,
+    control_patients=12,
+    control_steps=350,
+    pool=64,
+    judged=64,
+    closed_shadows=8,
+    deep_shadows=0,
+    deep_minutes=None,
+    generators=2,
+    made=32,
+    guesses=50,
 )
 MECHANISM = Mechanism("dpsgd", noise_multiplier=1.2, sample_rate=0.2, count=60)
 
@@ -106,6 +126,11 @@ def phantom_scans(dims: int, patients: int, seed: int, size: int = 16) -> Scans:
     lesion, age = p.lesion[p.patients], p.age[p.patients]
     condition = np.concatenate([np.eye(2)[lesion], (2 * (age[:, None] - 20) / 70 - 1)], axis=1).astype(np.float32)
     return Scans(x, condition, p.patients, space_of((size,) * dims))
+
+
+def case_of(release: ModelRelease, claim: Mapping[str, Any], train: Scans, holdout: Scans, made: Scans) -> Case:
+    """A case whose attacks and measurements see the same patients."""
+    return Case(release, claim, AuditConfig(), train, holdout, made, "dp", train, holdout)
 
 
 def by_name(report: Mapping[str, Any]) -> dict[str, Any]:

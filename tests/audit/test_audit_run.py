@@ -10,20 +10,19 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from audit_world import by_name, make_cohort, make_run, privacy_json
+from audit_world import TINY, by_name, make_cohort, make_run, privacy_json
 from hypothesis import given
 from hypothesis import strategies as st
 
 import medvae
 from medvae.audit import case as case_module
-from medvae.audit.case import Effort, Figure, Part, plain
+from medvae.audit.case import Figure, Part, plain
 from medvae.audit.claim import internal_decision, make_claim, public_decision
 from medvae.audit.run import audit, reports
 from medvae.config import AuditConfig
 from medvae.errors import RunError
 from medvae.types import PROVENANCES, SHAREABLE, Finding
 
-TINY = Effort(64, 2, 4, 20, 8, 8, 4, 12, 200)
 CONFIG = AuditConfig(synthetic=32)
 SCHEMA = json.loads((Path(medvae.__file__).parent / "schemas" / "audit.schema.json").read_text())
 
@@ -61,9 +60,9 @@ def test_whole_audit_of_a_tiny_cohort(tmp_path: Path, dims: int) -> None:
     assert {"empirical roc", "feature distributions", "attack scores"} <= set(internal["figures"])
     found = by_name(internal)
     assert found["membership, positive control, auc"]["value"] >= 0.9
-    assert found["membership, likelihood, mean, auc"]["low"] <= 0.5
-    assert found["membership, likelihood, mean, tpr at 1% fpr"]["value"] is None
-    assert "needs 100" in found["membership, likelihood, mean, tpr at 1% fpr"]["verdict"]
+    assert found["membership, likelihood, raw, mean, auc"]["low"] <= 0.5
+    assert found["membership, likelihood, raw, mean, tpr at 1% fpr"]["value"] is None
+    assert "needs 100" in found["membership, likelihood, raw, mean, tpr at 1% fpr"]["verdict"]
     assert "under the proven curve" in found["membership, above the proven curve"]["verdict"]
     for name in ("frechet distance", "kernel distance", "recall", "radiomics distance, median feature"):
         assert found[name]["baseline"] is not None
@@ -93,7 +92,7 @@ def test_a_planted_shift_of_the_holdout_makes_membership_invalid(tmp_path: Path)
     run = make_run(tmp_path / "run", make_cohort(tmp_path / "cohort", 2, 60, size=16, shift=0.3))
     report = audit(run, tmp_path / "report", CONFIG)
     assert by_name(report)["membership, blind baseline, auc"]["verdict"].startswith("INVALID")
-    assert "INVALID" in by_name(report)["membership, likelihood, mean, auc"]["verdict"]
+    assert "INVALID" in by_name(report)["membership, likelihood, raw, mean, auc"]["verdict"]
     assert any("INVALID" in reason for reason in report["decision"]["reasons"])
 
 
@@ -101,8 +100,8 @@ def test_too_few_held_out_patients_give_no_number(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", make_cohort(tmp_path / "cohort", 2, 20, size=16, holdout=0.1))
     report = audit(run, tmp_path / "report", CONFIG)
     found = by_name(report)
-    assert found["membership, likelihood, mean, auc"]["value"] is None
-    assert "needs at least 8" in found["membership, likelihood, mean, auc"]["verdict"]
+    assert found["membership, primary attack, auc"]["value"] is None
+    assert "needs at least 8" in found["membership, primary attack, auc"]["verdict"]
     assert found["frechet distance"]["value"] is None
     assert any("not measured" in reason for reason in report["decision"]["reasons"])
     read(tmp_path / "report", "internal")

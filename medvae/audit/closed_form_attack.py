@@ -1,0 +1,69 @@
+"""White-box attack on the closed form: the audited release and its shadows, and a fit without noise as control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from medvae.audit import linear_scores
+from medvae.audit.attacks import CLOSED_FORM, EXACT, MEAN_MAP, WHITE_BOX, Family, Pool, patient_scores, strata
+from medvae.audit.calibrate import Calibrated
+from medvae.audit.linear_scores import NAMES, Coefficients, Part
+from medvae.audit.membership import Scores
+from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form
+from medvae.audit.shadows import Arrays, Shadows, run_shadows, splits
+from medvae.config import Recipe
+from medvae.train.moments import RELEASES
+from medvae.types import FloatArray, ImageSpace
+
+CONTROL_SHADOWS = 16
+CONTROL_IS = "the same closed form without noise, on few people"
+FEWEST_SHADOWS = 4
+
+
+def prepare(
+    pool: Pool, full: FloatArray, recipe: Recipe, noise_multipliers: Mapping[str, float], seed: int
+) -> ClosedForm:
+    """Return the trainer of closed-form shadows; full: the cosine coefficients of the pool's scans."""
+    return closed_form(pool.scans, recipe, noise_multipliers, seed, full)
+
+
+def family(
+    pool: Pool, full: FloatArray, recipe: Recipe, target: Arrays, shadows: Shadows, control: Pool | None, seed: int
+) -> Family:
+    """Return the attacks on the linear part of the audited weights `target`, with the control's."""
+    basis = recipe.moments.basis_shape
+    if basis is None:
+        raise ValueError("the recipe is not resolved")
+    if len(shadows) < FEWEST_SHADOWS:
+        return Family("white-box", WHITE_BOX, words=f"needs {FEWEST_SHADOWS} shadow models, there are {len(shadows)}")
+    seen = linear_scores.coefficients(full, pool.scans.condition, pool.scans.space, basis)
+    attacks = _attacks(pool, seen, [target, *shadows.arrays], shadows)
+    leaky: dict[str, Scores] = {}
+    if control is not None:
+        rows = np.isin(pool.scans.patient, control.scans.patients)
+        leaky = _control(control, full[rows], seen.take(rows), recipe, seed)
+    return Family("white-box", WHITE_BOX, attacks, leaky, CONTROL_IS)
+
+
+def _control(pool: Pool, full: FloatArray, seen: Coefficients, recipe: Recipe, seed: int) -> dict[str, Scores]:
+    silent = dict.fromkeys(RELEASES, 0.0)
+    trainer = closed_form(pool.scans, recipe, silent, seed, full)
+    included = splits(strata(pool.scans), pool.seen, CONTROL_SHADOWS, seed)
+    shadows = run_shadows(trainer, included, None)
+    target = trainer.fit(10**6, np.flatnonzero(pool.member))
+    return _attacks(pool, seen, [target, *shadows.arrays], shadows)
+
+
+def _attacks(pool: Pool, seen: Coefficients, models: Sequence[Arrays], shadows: Shadows) -> dict[str, Scores]:
+    space: ImageSpace = pool.scans.space
+    parts: list[Part] = [{name: model[LINEAR + name] for name in NAMES} for model in models]
+    means = linear_scores.flat_means(parts)
+    scores = {
+        MEAN_MAP: linear_scores.mean_map(means, means[1:], seen, pool.seen),
+        EXACT: np.stack([linear_scores.likelihood(part, seen, space) for part in parts]),
+    }
+    included = shadows.included[:, pool.index]
+    calibrated = {name: Calibrated(s[0], s[1:], included, pool.scans.patient) for name, s in scores.items()}
+    return patient_scores(CLOSED_FORM, calibrated, pool)
