@@ -17,8 +17,8 @@ LAST_RUNS = 12
 def ladder(axes: Axes, data: Mapping[str, Any]) -> None:
     """Paint claimed epsilon, lower bounds found, and the smallest fault that would have shown, on one scale.
 
-    data: {"rows": [{"label", "epsilon", "kind": "claim" | "found" | "fault"}]}. Between claim and fault lies what no
-    test here could see, and it is hatched.
+    data: {"rows": [{"label", "epsilon", "kind": "claim" | "found" | "estimate" | "fault"}]}. Between claim and fault
+    lies what no test here could see, and it is hatched.
     """
     rows = [(clean(r["label"]), float(r["epsilon"]), str(r["kind"])) for r in data["rows"] if finite(r["epsilon"])]
     if not rows:
@@ -31,11 +31,12 @@ def ladder(axes: Axes, data: Mapping[str, Any]) -> None:
     if claims:
         axes.axvline(claims[0], color=BLUE, linewidth=1.2)
     for i, (_, value, kind) in enumerate(rows):
-        if kind == "found":
-            axes.barh(i, value, height=0.42, color="#b9c2cc", edgecolor=GREY, linewidth=0.6)
-        marker, color = {"claim": ("s", BLUE), "fault": ("D", ORANGE)}.get(kind, (">", INK))
+        if kind in ("found", "estimate"):
+            fill = "#b9c2cc" if kind == "found" else "none"
+            axes.barh(i, value, height=0.42, facecolor=fill, edgecolor=GREY, linewidth=0.6)
+        marker, color = {"claim": ("s", BLUE), "fault": ("D", ORANGE), "estimate": ("|", INK)}.get(kind, (">", INK))
         axes.plot([value], [i], marker=marker, color=color, markersize=5.5, linestyle="none", clip_on=False)
-        text = f"at least {number(value)}" if kind == "found" else number(value)
+        text = {"found": "at least ", "estimate": "about "}.get(kind, "") + number(value)
         box = {"facecolor": "#fff", "edgecolor": "none", "pad": 0.8}
         axes.annotate(text, (value, i), (7, 0), textcoords="offset points", va="center", fontsize=7, bbox=box)
     axes.set_yticks(range(len(rows)), [_wrap(label) for label, *_ in rows])

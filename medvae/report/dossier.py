@@ -55,7 +55,7 @@ def complete(audit: Mapping[str, Any], run: Path) -> Json:
     board = {
         "ladder": _ladder(claim, mechanisms, canary, attacks),
         "ledger": _ledger(read_spending(run, claim["delta"]), claim),
-        "risks": _risks(claim, mechanisms, attacks),
+        "risks": _risks(claim, mechanisms, attacks, internal),
         "subgroup": _worst(attacks.get("subgroups") or []),
         "canary": canary,
         "model": _model(release),
@@ -118,13 +118,23 @@ def _ladder(
     result = _whole(canary)
     if result is not None and epsilon is not None:
         share = f"{100 * (result.get('confidence') or 0.95):g} %"
-        for key, label, words in (
-            ("fdp_epsilon", "found on canaries, by guesses (f-DP)", f"a lower bound that holds in {share} of audits"),
-            ("rates_epsilon", "found on canaries, by error rates", f"a lower bound that holds in {share} of audits"),
-            ("gdp_epsilon", "found on canaries, Gaussian", "a description, if the curve is Gaussian"),
+        for key, label, kind, words in (
+            (
+                "fdp_epsilon",
+                "found on canaries, by guesses (f-DP)",
+                "found",
+                f"a lower bound that holds in {share} of audits",
+            ),
+            (
+                "rates_epsilon",
+                "found on canaries, by error rates",
+                "found",
+                f"a lower bound that holds in {share} of audits",
+            ),
+            ("gdp_epsilon", "if the curve is Gaussian", "estimate", "a description in one number, and no bound"),
         ):
             if result.get(key) is not None:
-                rows.append(_rung(label, result[key], "found", "canary", words))
+                rows.append(_rung(label, result[key], kind, "canary", words))
         factor = result.get("visible_noise_factor")
         if factor:
             weaker = [replace(m, noise_multiplier=m.noise_multiplier * factor) for m in mechanisms]
@@ -205,8 +215,11 @@ def _ledger(spending: Spending, claim: Mapping[str, Any]) -> Json:
     }
 
 
-def _risks(claim: Mapping[str, Any], mechanisms: Sequence[Mechanism], attacks: Mapping[str, Any]) -> list[Json]:
+def _risks(
+    claim: Mapping[str, Any], mechanisms: Sequence[Mechanism], attacks: Mapping[str, Any], internal: bool
+) -> list[Json]:
     """Return one row an attack on each of the three risks, and a row by proof alone where none was run."""
+    alone = "proof alone; no attack was run" if internal else "proof; what attacks found stays internal"
     rows = []
     for kind, question in RISKS.items():
         measured = [r for r in attacks.get("risks") or [] if r.get("kind") == kind]
@@ -218,7 +231,7 @@ def _risks(claim: Mapping[str, Any], mechanisms: Sequence[Mechanism], attacks: M
                 {
                     "kind": kind,
                     "question": question,
-                    "evidence": f"attack: {risk['name']}" if risk else "proof alone; no attack was run",
+                    "evidence": f"attack: {risk['name']}" if risk else alone,
                     "provenance": "private" if risk else "public",
                     **{k: _finite(value.get(k)) for k in ("value", "low", "high", "n")},
                     "attack": _finite((risk.get("attack") or {}).get("value")),

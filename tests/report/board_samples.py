@@ -42,7 +42,7 @@ def make_board(audience: str) -> dict[str, Any]:
     rungs = [
         rung("claimed, by proof", 7.998237461, "claim", "public"),
         rung("found on canaries, f-DP", 4.612345, "found", "canary"),
-        rung("found on canaries, Gaussian", 6.4012, "found", "canary"),
+        rung("if the curve is Gaussian", 6.4012, "estimate", "canary"),
         rung("smallest fault it could see", 11.2345678, "fault", "canary"),
     ]
     risks = [risk(kind, None, "public") for kind in ("singling out", "linkability", "inference")]
