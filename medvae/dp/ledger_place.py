@@ -126,13 +126,23 @@ def ledger_facts(cohort: Path) -> dict[str, str]:
 
 
 def ledger_of_run(facts: Mapping[str, Any]) -> Ledger:
-    """Open the ledger that a run noted. Raises ConfigError for a shared one without its address."""
+    """Open the ledger that a run noted, checked against what the cohort remembers, where that is still there.
+
+    Raises ConfigError for a shared one without its address, and as `Ledger`.
+    """
     if facts.get("ledger") != SHARED:
-        return Ledger(str(facts["ledger"]))
+        location = str(facts["ledger"])
+        return Ledger(location, mark=_remembered(Path(location.removeprefix("sqlite:///")).parent, LOCAL))
     address = os.environ.get(ADDRESS)
     if not address:
         raise ConfigError(f"the run was charged to a shared ledger: set {ADDRESS} to its address")
-    return Ledger(_server(address), name=str(facts["ledger_name"]))
+    mark = _remembered(Path(str(facts.get("cohort", ""))), SHARED)
+    return Ledger(_server(address), name=str(facts["ledger_name"]), mark=mark)
+
+
+def _remembered(cohort: Path, kind: str) -> Mark | None:
+    mark = Mark(cohort / "ledger.id", kind)
+    return mark if mark.path.is_file() else None
 
 
 def _server(address: str) -> str:

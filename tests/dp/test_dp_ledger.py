@@ -15,7 +15,7 @@ import pytest
 import medvae.dp.ledger as ledger_module
 from medvae.dp.accounting import gaussian_noise_for, pld_epsilon
 from medvae.dp.ledger import Budget, Ledger, Receipt
-from medvae.dp.ledger_place import ADDRESS, open_ledger
+from medvae.dp.ledger_place import ADDRESS, ledger_of_run, open_ledger
 from medvae.errors import BudgetExceeded, ConfigError, PrivacyError, RunError
 from medvae.types import Mechanism
 
@@ -362,7 +362,13 @@ def test_a_ledger_set_back_to_an_older_copy_is_refused(tmp_path: Path) -> None:
     ledger.reserve("b", gaussian(1.0), DELTA)
     (tmp_path / "ledger.db").write_bytes(backup)
     assert len(Ledger(tmp_path / "ledger.db").events()) == 2
-    for use in (lambda: open_ledger(tmp_path), lambda: ledger.spent(DELTA), lambda: ledger.commit("a")):
+    gate = {"ledger": str(tmp_path / "ledger.db")}
+    for use in (
+        lambda: open_ledger(tmp_path),
+        lambda: ledger.spent(DELTA),
+        lambda: ledger.commit("a"),
+        lambda: ledger_of_run(gate),
+    ):
         with pytest.raises(PrivacyError, match="set back: it had row 3"):
             use()
     assert not list(tmp_path.glob(".ledger.id*"))
