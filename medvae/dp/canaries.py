@@ -94,7 +94,7 @@ def register(count: int, mechanisms: Sequence[Mechanism], scans_per_patient: int
         "count": count,
         "scans_per_patient": scans_per_patient,
         "mechanisms": [m.to_json() for m in mechanisms],
-        "thresholds": {name: onerun.thresholds(part) for name, part in parts(mechanisms).items()},
+        "calibrators": onerun.CALIBRATORS,
         "guess_share": onerun.GUESS_SHARE,
         "accusation_level": ACCUSATION_LEVEL,
         "conformance_level": CONFORMANCE_LEVEL,
@@ -188,24 +188,20 @@ def visible_factor(mechanisms: Sequence[Mechanism], included: int, out: int, lev
 
     By the normal approximation of the scores' sums over steps; None where even no noise would hardly be found.
     """
-    rng, at = np.random.default_rng(0), onerun.thresholds(mechanisms)
-    share = level / len(at) / 2
     # Few of all counts of errors matter: the curve is asked for those alone.
-    misses_allowed = lru_cache(None)(lambda k: float(miss_bound(mechanisms, onerun.upper(k, out, share))))
-    worst = onerun.upper(np.arange(included + 1), included, share)
+    misses_allowed = lru_cache(None)(lambda k: float(miss_bound(mechanisms, onerun.upper(k, out, level / 2))))
+    worst = onerun.upper(np.arange(included + 1), included, level / 2)
+    rng = np.random.default_rng(0)
 
     def power(factor: float) -> float:
         from scipy.special import ndtr
 
-        moments = [onerun.score_moments(m, noise_factor=factor) for m in mechanisms]
-        tails = []
-        for which in (0, 1):
-            mean, variance = (sum(m[which][i] for m in moments) for i in (0, 1))
-            tails.append(ndtr((mean - np.asarray(at)) / max(variance, 1e-30) ** 0.5))
-        false = rng.binomial(out, tails[0], (400, len(at)))
-        missed = included - rng.binomial(included, tails[1], (400, len(at)))
-        allowed = np.vectorize(misses_allowed)(false)
-        return float((worst[missed] < allowed).any(axis=1).mean())
+        moments = np.sum([onerun.score_moments(m, noise_factor=factor) for m in mechanisms], axis=0)
+        (mean_out, spread_out), (mean_in, spread_in) = moments
+        half = (mean_in - mean_out) / 2
+        false = rng.binomial(out, ndtr(-half / max(spread_out, 1e-30) ** 0.5), 400)
+        missed = rng.binomial(included, ndtr(-half / max(spread_in, 1e-30) ** 0.5), 400)
+        return float((worst[missed] < np.vectorize(misses_allowed)(false)).mean())
 
     low, high = 0.01, 1.0
     if power(low) < POWER:
@@ -220,22 +216,21 @@ def measurable(mechanisms: Sequence[Mechanism], included: int, out: int, level: 
     """Whether scores without a single error would accuse."""
     if not (included and out):
         return False
-    scores, coins = np.repeat([1e300, -1e300], [included, out]), np.repeat([True, False], [included, out])
-    at = onerun.thresholds(mechanisms)
-    return any(r.accuses for r in onerun.accusation(scores, coins, at, level, lambda a: miss_bound(mechanisms, a)))
+    scores, coins = np.repeat([1.0, -1.0], [included, out]), np.repeat([True, False], [included, out])
+    return any(r.accuses for r in onerun.accusation(scores, coins, [0.0], level, lambda a: miss_bound(mechanisms, a)))
 
 
 def _result(
     name: str, scores: Floats, coins: Bools, mechanisms: Sequence[Mechanism], level: float, delta: float
 ) -> dict[str, Any]:
-    included, out = int(coins.sum()), int((~coins).sum())
+    threshold, tested, tested_coins = onerun.calibrated(scores, coins)
+    included, out = int(tested_coins.sum()), int((~tested_coins).sum())
     found: dict[str, Any] = {"part": name, "mechanisms": [m.name for m in mechanisms], "confidence": CONFIDENCE}
-    found["measurable"] = measurable(mechanisms, included, out, level)
+    found["measurable"] = is_number(threshold) and measurable(mechanisms, included, out, level)
     found["accused"] = False
     if not found["measurable"]:
         return found
-    at = onerun.thresholds(mechanisms)
-    rows = onerun.accusation(scores, coins, at, level, lambda a: miss_bound(mechanisms, a))
+    rows = onerun.accusation(tested, tested_coins, [threshold], level, lambda a: miss_bound(mechanisms, a))
     return {
         **found,
         "accused": any(r.accuses for r in rows),

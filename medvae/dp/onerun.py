@@ -2,7 +2,8 @@
 
 A canary is a made-up patient that takes part where its coin says so. From the scores of all of them, and the coins:
 
-- the accusation test: has some threshold, fixed beforehand, rates of error below the claimed curve f, beyond chance?
+- the accusation test: are the rates of error at a threshold, set by a rule that was fixed beforehand and on other
+  canaries, below the claimed curve f, beyond chance?
 - a lower bound on epsilon that needs no second run: Mahloujifar, Melis & Chaudhuri (2024, "Auditing f-Differential
   Privacy in One Run"), for the family of Gaussian trade-off curves, and Steinke, Nasr & Jagielski (2023, "Privacy
   Auditing with One (1) Training Run"), for bare (epsilon, delta);
@@ -30,9 +31,9 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Curve = Callable[[Floats], Floats]
 
-# Between the mean score of canaries left out (0) and of those that took part (1), both as the claim has them.
-PLACES = (0.25, 0.5, 0.75)
-# Share of the canaries that the one-run estimators guess on: the surest, with scores farthest from 0.
+# Share of the canaries, the first ones, whose scores only set the threshold that the others are tested at.
+CALIBRATORS = 0.2
+# Share of the others that the one-run estimators guess on: the surest, with scores farthest from the threshold.
 GUESS_SHARE = 0.06
 # Noise over the claim's, in the search for the claim that can just be refuted.
 SMALLEST_FACTOR, LARGEST_FACTOR, FAMILY_STEPS = 0.1, 20.0, 9
@@ -95,11 +96,18 @@ def _quadrature() -> tuple[Floats, Floats]:
     return x, weights * _REACH * np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
 
 
-def thresholds(mechanisms: Sequence[Mechanism], places: Sequence[float] = PLACES) -> list[float]:
-    """Return the thresholds of the accusation test: functions of the claim alone, so fixed before the first step."""
-    found = [score_moments(m) for m in mechanisms]
-    out, took_part = sum(o[0] for o, _ in found), sum(p[0] for _, p in found)
-    return [out + place * (took_part - out) for place in places]
+def calibrated(scores: Floats, coins: Bools) -> tuple[float, Floats, Bools]:
+    """Return the threshold that the first canaries give, and the scores and coins of all others, which are tested.
+
+    The threshold lies midway between the calibrators' medians. It cannot be fixed in advance as a number: a build with
+    too little noise moves the scores of both groups, and most of them past any fixed threshold. What is fixed is the
+    rule, and the tested canaries have no part in it, so bounds on them stay exact. Not finite where the calibrators
+    do not hold both kinds.
+    """
+    n = round(CALIBRATORS * len(scores))
+    took_part, out = scores[:n][coins[:n]], scores[:n][~coins[:n]]
+    both = len(took_part) > 0 and len(out) > 0
+    return float(np.median(took_part) + np.median(out)) / 2 if both else math.nan, scores[n:], coins[n:]
 
 
 def accusation(scores: Floats, coins: Bools, at: Sequence[float], level: float, miss_bound: Curve) -> list[Rates]:
@@ -138,13 +146,13 @@ def gdp_mu(scores: Floats, coins: Bools, at: Sequence[float], level: float) -> f
     return max([0.0, *map(float, found)])
 
 
-def guess(scores: Floats, coins: Bools, share: float = GUESS_SHARE) -> tuple[int, int]:
-    """Return how many guesses are made, on the scores farthest from 0 and by their sign, and how many are right.
+def guess(scores: Floats, coins: Bools, threshold: float, share: float = GUESS_SHARE) -> tuple[int, int]:
+    """Return how many guesses are made, on the scores farthest from the threshold, and how many are right.
 
-    A score is a log-likelihood ratio, so its size says how sure a guess is. No coin is looked at to choose.
+    A score is a log-likelihood ratio, so its distance says how sure a guess is. No coin is looked at to choose.
     """
-    surest = np.argsort(-np.abs(scores), kind="stable")[: round(share * len(scores))]
-    return len(surest), int(np.sum((scores[surest] > 0) == coins[surest]))
+    surest = np.argsort(-np.abs(scores - threshold), kind="stable")[: round(share * len(scores))]
+    return len(surest), int(np.sum((scores[surest] > threshold) == coins[surest]))
 
 
 def fdp_mu(canaries: int, guesses: int, right: int, level: float) -> float:
@@ -210,10 +218,11 @@ def estimates(
     """Return lower bounds on epsilon at `delta`, each at confidence 1 - level by itself.
 
     fdp_epsilon, rates_epsilon: epsilon of the claimed mechanisms with as much noise as can be refuted, by guesses in
-    one run and by error rates at the thresholds. fdp_gaussian_epsilon, gdp_epsilon: the same for the family of
+    one run and by error rates at the threshold. fdp_gaussian_epsilon, gdp_epsilon: the same for the family of
     Gaussian curves, which those mechanisms are of only without sampling. steinke_epsilon: for bare (epsilon, delta).
     """
-    at, (guesses, right), canaries = thresholds(mechanisms), guess(scores, coins), len(scores)
+    threshold, scores, coins = calibrated(scores, coins)
+    at, (guesses, right), canaries = [threshold], guess(scores, coins, threshold), len(scores)
     gdp = gdp_mu(scores, coins, at, level)
     gaussian, by_mu = mu_epsilon(fdp_mu(canaries, guesses, right, level), delta), mu_epsilon(gdp, delta)
     found = {

@@ -128,16 +128,14 @@ def test_lower_bounds_hold_as_often_as_they_say() -> None:
 
 def test_correct_builds_are_accused_within_the_level() -> None:
     noise, runs, rng = gaussian_noise_for(8.0, DELTA), 200, np.random.default_rng(3)
-    at = onerun.thresholds([Mechanism("a", noise)])
     curve = lambda a: miss_bound([Mechanism("a", noise)], a)  # noqa: E731
-    accused = sum(
-        any(r.accuses for r in onerun.accusation(*gaussian(rng, noise, 1000), at, 0.05, curve)) for _ in range(runs)
-    )
-    assert accused <= stats.binom.isf(1e-4, runs, 0.05)
-    half = sum(
-        any(r.accuses for r in onerun.accusation(*gaussian(rng, noise, 1000, 0.7), at, 0.05, curve)) for _ in range(50)
-    )
-    assert half == 50
+
+    def accuses(factor: float) -> bool:
+        threshold, scores, coins = onerun.calibrated(*gaussian(rng, noise, 1000, factor))
+        return any(r.accuses for r in onerun.accusation(scores, coins, [threshold], 0.05, curve))
+
+    assert sum(accuses(1.0) for _ in range(runs)) <= stats.binom.isf(1e-4, runs, 0.05)
+    assert all(accuses(factor) for factor in (0.0, 0.1, 0.5, 0.7) for _ in range(20))
 
 
 def test_power_at_epsilon_8_with_5000_canaries() -> None:

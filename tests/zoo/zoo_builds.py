@@ -121,7 +121,7 @@ def _one_number(source: NoiseSource, n: int) -> np.ndarray:
 
 
 def _engine(change: Callable[[Callable[..., Any], Any, tuple[Any, ...]], Any]) -> Patch:
-    """Patch the engine's clipped sum: change(original, engine, (inputs, weight, counts, max_norm))."""
+    """Patch the engine's clipped sum: change(original, engine, (inputs, weight, counts, max_norm, *rest))."""
 
     def patch(mp: pytest.MonkeyPatch) -> None:
         original = module.BookkeepingModule.clipped_sum
@@ -131,29 +131,29 @@ def _engine(change: Callable[[Callable[..., Any], Any, tuple[Any, ...]], Any]) -
 
 
 def _bound_times(factor: float) -> Patch:
-    return _engine(lambda original, self, given: original(self, *given[:3], given[3] * factor))
+    return _engine(lambda original, self, given: original(self, *given[:3], given[3] * factor, *given[4:]))
 
 
 def _clip_the_average(original: Callable[..., Any], self: Any, given: tuple[Any, ...]) -> Any:
-    inputs, weight, counts, bound = given
-    sums, norms, losses = original(self, inputs, weight, counts, 1e30)
+    inputs, weight, counts, bound, *rest = given
+    sums, norms, losses = original(self, inputs, weight, counts, 1e30, *rest)
     mean = torch.sqrt(sum(s.square().sum() for s in sums if s is not None)) / len(counts)
     scale = float(min(1.0, bound / max(float(mean), 1e-30)))
     return [None if s is None else s * scale for s in sums], norms, losses
 
 
 def _clip_at_the_median(original: Callable[..., Any], self: Any, given: tuple[Any, ...]) -> Any:
-    norms = original(self, *given[:3], 1e30)[1]
-    return original(self, *given[:3], float(norms.median()))
+    norms = original(self, *given[:3], 1e30, *given[4:])[1]
+    return original(self, *given[:3], float(norms.median()), *given[4:])
 
 
 def _clip_by_layer(original: Callable[..., Any], self: Any, given: tuple[Any, ...]) -> Any:
-    inputs, weight, counts, bound = given
+    inputs, weight, counts, bound, *rest = given
     starts = np.cumsum([0, *counts])
     total, norms, losses = [], [], []
     for start, count in zip(starts[:-1], counts, strict=True):
         part = slice(start, start + count)
-        sums, norm, loss = original(self, tuple(i[part] for i in inputs), weight[part], (count,), 1e30)
+        sums, norm, loss = original(self, tuple(i[part] for i in inputs), weight[part], (count,), 1e30, *rest)
         total.append([None if s is None else s * min(1.0, bound / max(float(s.norm()), 1e-30)) for s in sums])
         norms.append(norm)
         losses.append(loss)

@@ -93,9 +93,9 @@ def release_claim() -> tuple[Mechanism, ...]:
 def outcome(watches: Sequence[Watch]) -> Outcome:
     """Judge what was seen as `medvae.dp.canaries.judge` does, without the estimates, which take longer."""
     coins, mechanisms = watches[0].coins, [w.mechanism for w in watches]
-    at = onerun.thresholds(mechanisms)
     scores = np.clip(np.sum([w.scores for w in watches], axis=0), -1e12, 1e12)
-    rows = onerun.accusation(scores, coins, at, ACCUSATION_LEVEL, lambda a: miss_bound(mechanisms, a))
+    threshold, tested, tossed = onerun.calibrated(scores, coins)
+    rows = onerun.accusation(tested, tossed, [threshold], ACCUSATION_LEVEL, lambda a: miss_bound(mechanisms, a))
     each, included = CONFORMANCE_LEVEL / (ANSWERS * len(watches)), int(coins.sum())
     found = [a for w in watches for a in answers(w.record(), w.mechanism, included, len(coins) - included, each)]
     return Outcome(any(r.accuses for r in rows), tuple(a.name for a in found if not a.ok))
