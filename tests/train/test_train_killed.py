@@ -14,12 +14,14 @@ from postgres_server import Server
 from racers import BUDGET
 
 HERE = Path(__file__).parent
+TIMEOUT_S = 1700  # for fifty kills on a busy machine; otherwise it takes a few minutes
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 
 
 def tell(script: str, folder: Path, count: int, ledger: str = "") -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MEDVAE_LEDGER": ledger}
     command = [sys.executable, str(HERE / script), str(folder), str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=550, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout))
 
