@@ -69,6 +69,24 @@ class MomentsConfig(Frozen):
     spectrum_weight: Probability | None = None
 
 
+class MixtureConfig(Frozen):
+    """Part of the closed form: for each class a mixture of low-rank Gaussians over the lowest cosines.
+
+    With `enabled` left open the rule decides: where a class's patients carry a covariance of their own.
+    """
+
+    enabled: bool | None = None
+    components: Count | None = None
+    box: tuple[Count, ...] | None = None
+    lloyd_steps: Count = 4
+
+
+class SamplingConfig(Frozen):
+    """How a released model is sampled: post-processing. warp: size of the random deformations, 0 for none."""
+
+    warp: Annotated[float, Field(ge=0, le=5)] = 1.0
+
+
 class DpSgdConfig(Frozen):
     """DP-SGD by patient. With `enabled` left open the rule decides: from a few hundred patients on."""
 
@@ -104,11 +122,15 @@ class Recipe(Frozen):
     name: str = "default"
     model: ModelConfig = ModelConfig()
     moments: MomentsConfig = MomentsConfig()
+    mixture: MixtureConfig = MixtureConfig()
     dpsgd: DpSgdConfig = DpSgdConfig()
     canaries: CanaryConfig = CanaryConfig()
+    sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
     def _some_stage(self) -> Recipe:
+        if self.mixture.enabled and not self.moments.enabled:
+            raise ValueError("mixture is a part of the closed form: enable moments too")
         if not self.moments.enabled and self.dpsgd.enabled is False:
             raise ValueError("every stage is switched off: enable moments or dpsgd")
         return self

@@ -13,6 +13,7 @@ from medvae.config import MomentsConfig, Recipe, build
 from medvae.errors import RunError
 from medvae.nets.cvae import ConditionalVAE
 from medvae.nets.linear import LinearPart
+from medvae.nets.mixture import MixtureShapes
 from medvae.types import ImageSpace, ModelRelease
 
 
@@ -21,8 +22,16 @@ def build_model(space: ImageSpace, recipe: Recipe) -> ConditionalVAE:
     linear = None
     moments: MomentsConfig = recipe.moments
     if moments.enabled and moments.basis_shape is not None and recipe.model.latent_dim is not None:
-        linear = LinearPart(space, moments.basis_shape, recipe.model.latent_dim)
+        linear = LinearPart(space, moments.basis_shape, recipe.model.latent_dim, mixture_shapes(recipe))
     return ConditionalVAE(space, recipe.model, linear)
+
+
+def mixture_shapes(recipe: Recipe) -> MixtureShapes | None:
+    """Return the shapes of a resolved recipe's mixture, or None where it has none."""
+    chosen = recipe.mixture
+    if not chosen.enabled or chosen.components is None or chosen.box is None:
+        return None
+    return MixtureShapes(chosen.components, chosen.box)
 
 
 def state_arrays(model: ConditionalVAE) -> dict[str, npt.NDArray[Any]]:

@@ -89,6 +89,20 @@ class ConditionalVAE(nn.Module):
         """Return codes (B, d) of the prior from standard normal `noise` (B, d)."""
         return self.prior_mean(condition) + noise
 
+    def draw(self, condition: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one image and its mask probabilities (B, C, *spatial) a row of conditions: the mean of p(x | z, c).
+
+        The code comes from the prior; where there is a mixture, from the codes of a draw of that. A decoder that was
+        never trained adds nothing, and then the draw itself is kept, with what the codes would leave out of it.
+        """
+        if self.linear is None or self.linear.mixture is None:
+            noise = torch.randn(len(condition), self.latent_dim, generator=generator)
+            return self.decode(self.prior_sample(condition, noise), condition)
+        drawn = self.linear.draw(condition, generator)
+        if any(bool(p.any()) for p in self.decoder.last.parameters()):
+            return self.decode(self.linear.codes(drawn), condition)
+        return self.linear.expand(self.linear.mean_coefficients(condition) + drawn).clamp(0, 1)
+
     def _outputs(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return the image output (B, 1, *spatial) on the likelihood's scale, and mask logits (B, M, *spatial)."""
         base = torch.full((len(z), self.space.channels, *self.space.spatial_shape), 0.5, device=z.device)

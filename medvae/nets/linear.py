@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from medvae.nets.mixture import MixturePart, MixtureShapes
 from medvae.types import Condition, ImageSpace
 
 SHELLS = 12
@@ -69,6 +70,7 @@ class LinearPart(nn.Module):
     spectrum: (SHELLS, C, C), the covariance between channels of one cosine coefficient of what m(c) leaves over, by
     shell of frequency; contrast: (M,), how much brighter the image is inside each mask than around it, where m(c) does
     not already say so. These two are not part of p(x|z): sampling adds them as texture.
+    mixture: in its place the directions' one Gaussian, where the cohort carries one.
     """
 
     mean_map: Tensor
@@ -76,9 +78,16 @@ class LinearPart(nn.Module):
     spectrum: Tensor
     contrast: Tensor
 
-    def __init__(self, space: ImageSpace, basis_shape: tuple[int, ...], latent_dim: int) -> None:
+    def __init__(
+        self,
+        space: ImageSpace,
+        basis_shape: tuple[int, ...],
+        latent_dim: int,
+        mixture: MixtureShapes | None = None,
+    ) -> None:
         super().__init__()
         self.space = space
+        self.mixture = None if mixture is None else MixturePart(space, mixture)
         self.register_buffer("contrast", torch.zeros(space.channels - 1))
         self.register_buffer("spectrum", torch.zeros(SHELLS, space.channels, space.channels))
         self.register_buffer("mean_map", torch.zeros(design_width(space.conditions), space.channels, *basis_shape))
@@ -108,13 +117,35 @@ class LinearPart(nn.Module):
         mean: Tensor = torch.tensordot(rows, self.mean_map, dims=1)
         return mean
 
+    def draw(self, condition: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one draw (B, C, *k) a row of what the mixture puts around m(c), as coefficients of the basis."""
+        if self.mixture is None:
+            raise ValueError("this linear part has no mixture")
+        drawn = self.mixture.draw(condition, generator)
+        out = torch.zeros(len(drawn), *self.mean_map.shape[1:])
+        out[(slice(None), slice(None), *(slice(k) for k in self.mixture.shapes.box))] = drawn
+        return out
+
+    def patterns(self) -> Tensor:
+        """Return what varies around m(c) as patterns (n, C, *k) whose products sum to its second moment."""
+        if self.mixture is None:
+            return self.directions
+        found = self.mixture.patterns()
+        out = torch.zeros(len(found), *self.mean_map.shape[1:])
+        out[(slice(None), slice(None), *(slice(k) for k in self.mixture.shapes.box))] = found
+        return out
+
+    def codes(self, coefficients: Tensor) -> Tensor:
+        """Return the least-squares codes (B, d) of coefficients (B, C, *k) around m(c); no length, no code."""
+        u = self.directions.flatten(1)
+        lengths = u.square().sum(1)
+        found = coefficients.flatten(1) @ u.T / lengths.clamp(min=1e-12)
+        return torch.where(lengths > 0, found, torch.zeros_like(lengths))
+
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
         """Return m(c) + sum_j z_j u_j as images (B, C, *spatial)."""
         return self.expand(self.mean_coefficients(condition) + torch.tensordot(z, self.directions, dims=1))
 
     def encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """Return the least-squares codes (B, d) of x around m(c); directions of no length give zero."""
-        residual = (self.reduce(x) - self.mean_coefficients(condition)).flatten(1)
-        u = self.directions.flatten(1)
-        lengths = u.square().sum(1)
-        return torch.where(lengths > 0, residual @ u.T / lengths.clamp(min=1e-12), torch.zeros_like(lengths))
+        return self.codes(self.reduce(x) - self.mean_coefficients(condition))

@@ -50,15 +50,17 @@ def generate(
     import torch
 
     from medvae.nets.build import load_release
+    from medvae.synth.warp import warp
 
     space = release.space
     model = load_release(release)
     encoded = np.stack([encode_conditions(space.conditions, row) for row in conditions])
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
+    size = float(release.card["recipe"].get("sampling", {}).get("warp", 0.0))
     texture = None
     if model.linear is not None:
-        explained = explained_spectrum(model.linear.directions.numpy(), space.spatial_shape, SHELLS)
+        explained = explained_spectrum(model.linear.patterns().numpy(), space.spatial_shape, SHELLS)
         texture = make_texture(
             model.linear.spectrum.numpy(), explained, model.linear.contrast.numpy(), space.spatial_shape
         )
@@ -67,9 +69,8 @@ def generate(
     names = np.asarray((0, *space.mask_labels), dtype=np.uint8)
     for start in range(0, len(encoded), batch_size):
         condition = torch.from_numpy(encoded[start : start + batch_size])
-        noise = torch.randn(len(condition), model.latent_dim, generator=generator)
         with torch.no_grad():
-            decoded = model.decode(model.prior_sample(condition, noise), condition).numpy()
+            decoded = warp(model.draw(condition, generator), size, generator).numpy()
         for index, x in enumerate(decoded, start=start):
             labels = draw_labels(x[1:], texture, rng) if masks is not None else np.zeros(x.shape[1:], np.uint8)
             images[index] = draw_image(x[0], x[1:], labels, texture, rng)

@@ -55,8 +55,9 @@ def contrast_operator(gram: Array, gram_noise_sd: float, conditions: tuple[Condi
 def principal_directions(second: Array, noise_sd: float, count: int) -> Array:
     """Return up to `count` directions (count, D), scaled by their standard deviation, from a noisy covariance.
 
-    Eigenvalues below the edge of the noise (2 sigma sqrt(D) for a symmetric Gaussian matrix) are noise and dropped;
-    the others are shrunk by what the noise is expected to add. Post-processing.
+    noise_sd: of one entry off the diagonal, released once. Eigenvalues below the edge of the noise (2 sigma sqrt(D) for
+    a symmetric Gaussian matrix) are noise and dropped; the others are shrunk by what the noise is expected to add.
+    Post-processing.
     """
     values, vectors = np.linalg.eigh((second + second.T) / 2)
     edge = noise_sd * len(second) ** 0.5

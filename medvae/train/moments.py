@@ -27,7 +27,9 @@ from torch import Tensor
 
 from medvae.dp.noise import NoiseSource
 from medvae.nets.linear import SHELLS, LinearPart, design, design_norm, design_width, shells
+from medvae.nets.mixture import MixtureShapes
 from medvae.train.denoise import contrast_operator, mask_contrast, principal_directions, shrink, tame_spectra
+from medvae.train.mixture import Grouped, box_of, fit_mixture, release_names
 from medvae.types import Batch, ImageSpace, Progress
 
 Array = npt.NDArray[np.float64]
@@ -41,7 +43,7 @@ CLIP_QUANTILE = 0.8
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
 # Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
-CHUNK_VOXELS = 2**23
+CHUNK_VOXELS = 2**20
 
 
 class ScanSource(Protocol):
@@ -115,9 +117,20 @@ def clipped_sum(vectors: Tensor, patient: npt.NDArray[np.int64]) -> Tensor:
     return clip_rows(patient_average(vectors.double(), patient), 1.0).sum(0)
 
 
+def grouped_sum(made: Grouped, patient: npt.NDArray[np.int64]) -> Tensor:
+    """Return the sum over patients (groups * D,) of averages over their scans' e_group (x) vector.
+
+    Each scan's vector is clipped to norm 1, and so an average over a patient's scans has norm at most 1.
+    """
+    _, index, scans = np.unique(patient, return_inverse=True, return_counts=True)
+    rows = clip_rows(made.vectors.double(), 1.0) / torch.from_numpy(scans[index])[:, None]
+    total = torch.zeros(made.groups, rows.shape[1], dtype=torch.float64).index_add_(0, made.group, rows)
+    return total.flatten()
+
+
 def noisy_sum(
     scans: Pass,
-    contribution: Callable[[Batch], Tensor],
+    contribution: Callable[[Batch], Tensor | Grouped],
     noise_multiplier: float,
     noise: NoiseSource,
     name: str = "",
@@ -125,12 +138,14 @@ def noisy_sum(
 ) -> Array:
     """Release the sum over patients of `contribution`, averaged over each patient's scans, with Gaussian noise.
 
-    contribution: batch -> (B, D), rows of norm at most 1 whatever the scans hold. The L2 sensitivity to one patient
-    is then 1, so this is the Gaussian mechanism with this noise multiplier. The bound is enforced, not trusted.
+    contribution: batch -> (B, D), rows of norm at most 1 whatever the scans hold, or such rows in groups. The L2
+    sensitivity to one patient is then 1, so this is the Gaussian mechanism with this noise multiplier. The bound is
+    enforced, not trusted.
     """
     total: Tensor | None = None
     for batch in scans:
-        vectors = clipped_sum(contribution(batch), batch.patient)
+        made = contribution(batch)
+        vectors = grouped_sum(made, batch.patient) if isinstance(made, Grouped) else clipped_sum(made, batch.patient)
         total = vectors if total is None else total + vectors
     if total is None:
         raise ValueError("no patients")
@@ -168,6 +183,15 @@ class MomentShapes:
     coarse: tuple[int, ...]
     latent_dim: int
     spectrum_weight: float
+    mixture: MixtureShapes | None = None
+    lloyd_steps: int = 0
+
+    @property
+    def releases(self) -> tuple[str, ...]:
+        """The names of all releases of the stage, in order."""
+        if self.mixture is None:
+            return RELEASES
+        return (*RELEASES, *release_names(self.mixture.components, self.lloyd_steps))
 
 
 def fit_moments(
@@ -181,13 +205,15 @@ def fit_moments(
     part: type[LinearPart] = LinearPart,
     canaries: Canaries | None = None,
 ) -> LinearPart:
-    """Fit the linear part with five Gaussian releases named RELEASES, each with its own noise multiplier.
+    """Fit the linear part with the Gaussian releases named by `shapes.releases`, each with its own noise multiplier.
 
     Guarantee: the composition of those Gaussian mechanisms, by patient, add/remove; each patient adds a vector of
     norm at most 1 to each sum. `patients` must be the training patients that the plan counted. part: how scans
     become coefficients; another class is for sources that hold coefficients already.
     """
     steps: tuple[Callable[[_Fit], None], ...] = (_norms, _centre, _residual_norms, _means, _second)
+    if shapes.mixture is not None:
+        steps = (*steps, _mixture)
     fit = _Fit(Pass(source, patients), noise_multipliers, shapes, noise, part, canaries)
     for done, step in enumerate(steps):
         step(fit)
@@ -214,12 +240,12 @@ class _Fit:
         self.count = len(scans.patients)
         self.elements = space.channels * int(np.prod(space.spatial_shape))
         self.shell = shells(space.spatial_shape)
-        self.part = part(space, shapes.basis, shapes.latent_dim)
+        self.part = part(space, shapes.basis, shapes.latent_dim, shapes.mixture)
         self.full = part(space, space.spatial_shape, 1)
         self.coarse: tuple[slice, ...] = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
         self.radius = self.full_radius = 0.0
 
-    def release(self, name: str, contribution: Callable[[Batch], Tensor]) -> Array:
+    def release(self, name: str, contribution: Callable[[Batch], Tensor | Grouped]) -> Array:
         multiplier = self.noise_multipliers[name]
         return noisy_sum(self.scans, contribution, multiplier, self.noise, name, self.canaries)
 
@@ -344,3 +370,19 @@ def _second(fit: _Fit) -> None:
     part.contrast.copy_(
         torch.as_tensor(mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5), dtype=torch.float32)
     )
+
+
+def _mixture(fit: _Fit) -> None:
+    """Mixtures by class of the lowest coefficients around m(c)."""
+    mixture = fit.part.mixture
+    if mixture is None:
+        return
+    groups = mixture.weights.numel()
+
+    def residuals(batch: Batch) -> Tensor:
+        return clip_rows(box_of(fit.residual(batch), mixture.shapes), fit.radius)
+
+    def release(name: str, contribution: Callable[[Batch], Grouped]) -> Array:
+        return fit.release(name, contribution).reshape(groups, -1)
+
+    fit_mixture(mixture, residuals, fit.radius, release, fit.noise_multipliers, fit.shapes.lloyd_steps)

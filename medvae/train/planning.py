@@ -43,8 +43,9 @@ def make_plan(patients: int, space: ImageSpace, config: TrainConfig) -> TrainPla
     """
     delta = default_delta(patients) if config.dp_delta is None else config.dp_delta
     warnings = check_delta(delta, patients)
-    recipe = resolve(config.recipe, patients, space)
     goal = goal_of(config)
+    noise = 0.0 if math.isinf(goal.limit) else goal.gaussian_noise(delta)
+    recipe = resolve(config.recipe, patients, space, noise)
     mechanisms = plan_stages(goal, delta, moment_shares(recipe, patients), _sgd(recipe))
     privacy = _privacy_plan(patients, delta, recipe, mechanisms)
     model = build_model(space, recipe)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 
-from medvae.config import DpSgdConfig, ModelConfig, MomentsConfig, Recipe
+from medvae.config import DpSgdConfig, MixtureConfig, ModelConfig, MomentsConfig, Recipe
 from medvae.errors import ConfigError
+from medvae.nets.mixture import cell_count
+from medvae.train.mixture import release_names
 from medvae.types import ImageSpace
 
 # On fewer patients the noise is longer than any signal (planning.cohort_warnings); docs/quality.md has one comparison.
@@ -21,6 +23,13 @@ CLIP_SHARE, CENTRE_SHARE = 0.03, 0.08
 SECOND_SHARE_SMALL, SECOND_SHARE_LARGE = 0.2, 0.5
 # Within the second moments: a hundred patients show spectra and contrasts, but hardly a direction.
 SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE = 0.95, 0.4
+# With a mixture: what the other releases keep of the closed form's budget, and the search for centres.
+MIXTURE_SHARES = {"norms": 0.02, "centre": 0.03, "residual_norms": 0.02, "means": 0.1, "second": 0.05}
+CLUSTER_SHARE = 0.12
+# Eigenvalues of a component's covariance are seen down to this share of the squared clip: finer, and noise shows.
+MIXTURE_EDGE = 0.016
+# Coefficients a mixture covers, at least (fewer say less than the pooled directions do) and at most; components a cell.
+MIXTURE_SIZE, MIXTURE_MOST, COMPONENTS_MOST = 36, 144, 10
 
 
 def _between(patients: int, small: float, large: float) -> float:
@@ -63,8 +72,27 @@ def _check_shapes(basis: tuple[int, ...], coarse: tuple[int, ...], image: tuple[
             raise ConfigError(f"moments.{name} is {list(shape)}: give {len(limit)} numbers up to the {of}'s {words}")
 
 
-def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace, *, moments: bool) -> DpSgdConfig:
-    enabled = (patients >= DPSGD_FROM or not moments) if config.enabled is None else config.enabled
+def _mixture(config: MixtureConfig, patients: int, space: ImageSpace, noise: float) -> MixtureConfig:
+    """Choose the mixture, or none: an eigenvalue of a component must show above its noise, 2 sigma sqrt(D / 2) / n."""
+    if config.enabled is False:
+        return config
+    mine = patients / cell_count(space.conditions)
+    share = 1 - sum(MIXTURE_SHARES.values()) - CLUSTER_SHARE
+    # How large sqrt(D) times the number of components may be.
+    room = MIXTURE_EDGE * mine * math.sqrt(share / 2) / noise if noise > 0 else math.inf
+    most = min(MIXTURE_MOST, room**2) / space.channels
+    side = math.floor(most ** (1 / space.spatial_dims) + 1e-9)
+    box = config.box or tuple(min(side, n) for n in space.spatial_shape)
+    size = space.channels * math.prod(box)
+    if config.enabled is None and size < MIXTURE_SIZE:
+        return config.model_copy(update={"enabled": False})
+    components = config.components or int(min(COMPONENTS_MOST, max(1, room / math.sqrt(size))))
+    return config.model_copy(update={"enabled": True, "box": box, "components": components})
+
+
+def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace, *, moments: bool, mixture: bool) -> DpSgdConfig:
+    by_rule = (patients >= DPSGD_FROM or not moments) and not mixture
+    enabled = by_rule if config.enabled is None else config.enabled
     if not enabled:
         return config.model_copy(update={"enabled": False})
     expected = min(patients * 0.5, max(16.0, min(512.0, patients / 8)))
@@ -79,15 +107,26 @@ def _dpsgd(config: DpSgdConfig, patients: int, space: ImageSpace, *, moments: bo
     )
 
 
-def resolve(recipe: Recipe, patients: int, space: ImageSpace) -> Recipe:
-    """Return the recipe with nothing left open, chosen from the number of training patients and the image space."""
-    dpsgd = _dpsgd(recipe.dpsgd, patients, space, moments=recipe.moments.enabled)
+def resolve(recipe: Recipe, patients: int, space: ImageSpace, noise: float | None = None) -> Recipe:
+    """Return the recipe with nothing left open, chosen from the number of training patients and the image space.
+
+    noise: the noise multiplier of the one Gaussian that would use up the whole budget; without it, and where DP-SGD is
+    asked for, no mixture is chosen.
+    """
+    mixture = recipe.mixture
+    open_to_choice = recipe.moments.enabled and noise is not None and recipe.dpsgd.enabled is not True
+    if mixture.enabled or (mixture.enabled is None and open_to_choice):
+        mixture = _mixture(mixture, patients, space, 1.0 if noise is None else noise)
+    else:
+        mixture = mixture.model_copy(update={"enabled": False})
+    dpsgd = _dpsgd(recipe.dpsgd, patients, space, moments=recipe.moments.enabled, mixture=mixture.enabled is True)
+    moments = _moments(recipe.moments, patients, space, sgd=dpsgd.enabled is True)
+    if mixture.enabled and moments.basis_shape is not None and mixture.box is not None:
+        mixture = mixture.model_copy(
+            update={"box": tuple(min(k, b) for k, b in zip(mixture.box, moments.basis_shape, strict=True))}
+        )
     return recipe.model_copy(
-        update={
-            "model": _model(recipe.model, patients, space),
-            "moments": _moments(recipe.moments, patients, space, sgd=dpsgd.enabled is True),
-            "dpsgd": dpsgd,
-        }
+        update={"model": _model(recipe.model, patients, space), "moments": moments, "mixture": mixture, "dpsgd": dpsgd}
     )
 
 
@@ -95,8 +134,15 @@ def moment_shares(recipe: Recipe, patients: int) -> list[tuple[str, float]]:
     """Return (release name, share of the whole budget) of the closed-form stage of a resolved recipe, or nothing."""
     if not recipe.moments.enabled or recipe.moments.share is None:
         return []
+    return [(name, share * recipe.moments.share) for name, share in _release_shares(recipe, patients).items()]
+
+
+def _release_shares(recipe: Recipe, patients: int) -> dict[str, float]:
+    if recipe.mixture.enabled and recipe.mixture.components is not None:
+        *clusters, last = release_names(recipe.mixture.components, recipe.mixture.lloyd_steps)
+        shares = {**MIXTURE_SHARES, **{name: CLUSTER_SHARE / len(clusters) for name in clusters}}
+        return {**shares, last: 1 - sum(shares.values())}
     second = _between(patients, SECOND_SHARE_SMALL, SECOND_SHARE_LARGE)
     fixed = {"norms": CLIP_SHARE, "centre": CENTRE_SHARE, "residual_norms": CLIP_SHARE}
     rest = 1 - sum(fixed.values())
-    shares = {**fixed, "means": rest * (1 - second), "second": rest * second}
-    return [(name, share * recipe.moments.share) for name, share in shares.items()]
+    return {**fixed, "means": rest * (1 - second), "second": rest * second}

@@ -29,7 +29,7 @@ from medvae.config import TrainConfig
 from medvae.dp.ledger import Ledger, Receipt
 from medvae.dp.ledger_place import ledger_facts, open_ledger
 from medvae.errors import BudgetExceeded, ConfigError, RunError
-from medvae.nets.build import build_model, make_card, state_arrays
+from medvae.nets.build import build_model, make_card, mixture_shapes, state_arrays
 from medvae.nets.cvae import ConditionalVAE
 from medvae.synth.store import write_release
 from medvae.train.canary import RunCanaries, make_canaries
@@ -37,7 +37,7 @@ from medvae.train.checkpoint import load_checkpoint, save_checkpoint, write_json
 from medvae.train.claim import SCHEMA, privacy_claim
 from medvae.train.distributed import make_job
 from medvae.train.loop import ALONE, OnStep, require_memory, train_dpsgd
-from medvae.train.moments import RELEASES, MomentShapes, fit_moments
+from medvae.train.moments import MomentShapes, fit_moments
 from medvae.train.planning import TrainPlan, make_plan
 from medvae.train.randomness import Randomness, make_randomness
 from medvae.train.sampler import PatientSampler
@@ -154,12 +154,20 @@ def _moments_stage(
     settings = plan.recipe.moments
     if settings.basis_shape is None or settings.coarse_shape is None or settings.spectrum_weight is None:
         raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
-    charged = [m for m in plan.privacy.mechanisms if m.name in RELEASES]
+    shapes = MomentShapes(
+        settings.basis_shape,
+        settings.coarse_shape,
+        model.latent_dim,
+        settings.spectrum_weight,
+        mixture_shapes(plan.recipe),
+        plan.recipe.mixture.lloyd_steps,
+    )
+    charged = [m for m in plan.privacy.mechanisms if m.name in shapes.releases]
     part = fit_moments(
         store,
         store.patients("train"),
         {m.name: m.noise_multiplier for m in charged},
-        MomentShapes(settings.basis_shape, settings.coarse_shape, model.latent_dim, settings.spectrum_weight),
+        shapes,
         noise=randomness.source(MOMENTS),
         canaries=canaries.releases if canaries else None,
     )
