@@ -52,7 +52,7 @@ def settings_of(steps: int = STEPS, rate: float = 0.05, **dpsgd: Any) -> dict[st
     }
 
 
-def run_teams(folder: Path, tasks: list[dict[str, Any]], timeout: float = 240) -> dict[str, Results]:
+def run_teams(folder: Path, tasks: list[dict[str, Any]], timeout: float = 540) -> dict[str, Results]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), json.dumps(tasks)],
@@ -319,7 +319,7 @@ def test_torchrun_starts_a_run_that_speaks_with_one_voice(tmp_path: Path) -> Non
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=240, env=environment, cwd=tmp_path
+        command, capture_output=True, text=True, check=False, timeout=540, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     claim = json.loads(done.stdout)
