@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import io
+import random
 import re
+import sqlite3
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +27,57 @@ NUMBER = "QX77310"  # in patient ids
 FREE = "KLABAUTERMANN"  # in free text, table columns and private tags
 UID = "1.2.826.0.1.3680043.8.498.77310"
 SECRETS = (NAME, NUMBER, FREE, UID)
+FILES = 44  # of the made hospital
 RECIPE = "name: tiny\ndpsgd:\n  steps: 2\n  sample_rate: 0.5\n"
+
+
+COUNT = 10_000
+NEEDLE = re.compile(
+    rb"zw[a-z]{8}|qx\d{9}|2\.25\.\d{20}|klab[0-9a-f]{8}|(?<![\d.])1[78]\d{6}(?![\d.])|(?<![\d.])1[78]\d\d-\d\d-\d\d(?!\d)"
+)
+"""The families of planted needles: names, numbers, UIDs, free text, and dates of centuries without tomography."""
+
+
+@cache
+def needles() -> tuple[str, ...]:
+    """Return 10,000 identifiers that occur nowhere by chance."""
+    rng = random.Random(77310)
+    letters, digits, hexes = "abcdefghijklmnopqrstuvwxyz", "0123456789", "0123456789abcdef"
+    families: tuple[tuple[str, str, int], ...] = (("ZW", letters, 8), ("QX", digits, 9), ("KLAB", hexes, 8))
+    made: dict[str, None] = {}
+    while len(made) < COUNT:
+        for prefix, signs, length in families:
+            made[prefix + "".join(rng.choices(signs, k=length))] = None
+        made["2.25." + rng.choice(digits[1:]) + "".join(rng.choices(digits, k=19))] = None
+        if len(made) % 3 == 0:
+            made[f"{rng.randint(1700, 1899)}{rng.randint(1, 12):02}{rng.randint(1, 28):02}"] = None
+    return tuple(rng.sample(list(made)[:COUNT], COUNT))
+
+
+def thumbnail(n: int) -> bytes:
+    """Return the 64 x 64 icon that is planted into file n."""
+    return random.Random(n).randbytes(4096)
+
+
+def found_needles(blobs: Iterable[bytes]) -> set[str]:
+    """Return which needles, and slices of which icons, stand in bytes, in 8 or 16 bit letters."""
+    known = {needle.lower() for needle in needles()}
+    icons = {thumbnail(n)[at : at + 24]: f"icon {n}" for n in range(FILES) for at in (0, 1000, 4000)}
+    found: set[str] = set()
+    for blob in blobs:
+        for form in (blob.lower(), blob.lower().replace(b"\0", b"")):
+            hits = {hit.decode().replace("-", "") for hit in NEEDLE.findall(form)}
+            found |= hits & known
+        found |= {name for piece, name in icons.items() if piece in blob}
+    return found
+
+
+def everything(folder: Path) -> Iterator[bytes]:
+    """Yield names and bytes of all files below a folder (or of one file), with whatever is packed in them."""
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        yield str(path.name).encode()
+        if path.is_file():
+            yield from texts(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -35,7 +90,7 @@ class Walk:
 
 
 def texts(blob: bytes, name: str = "") -> Iterator[bytes]:
-    """Return the bytes of a file, and of whatever is packed in it: zip, gzip, and deflated streams of PDF and PNG."""
+    """Return the bytes of a file, and of whatever is packed in it: zip, gzip, deflated streams, base64, SQLite."""
     yield blob
     if blob[:4] == b"PK\x03\x04":
         with zipfile.ZipFile(io.BytesIO(blob)) as archive:
@@ -50,11 +105,23 @@ def texts(blob: bytes, name: str = "") -> Iterator[bytes]:
                 yield zlib.decompress(stream)
             except zlib.error:
                 continue
-    elif b"base64," in blob:
-        import base64
-
-        for packed in re.findall(rb"base64,([A-Za-z0-9+/=]+)", blob):
-            yield base64.b64decode(packed)
+    elif blob[:8] == b"\x89PNG\r\n\x1a\n":
+        at = 8
+        while at < len(blob):
+            size, kind = int.from_bytes(blob[at : at + 4], "big"), blob[at + 4 : at + 8]
+            if kind in (b"zTXt", b"iTXt", b"iCCP"):
+                with suppress(zlib.error):
+                    yield zlib.decompress(blob[at + 8 : at + 8 + size].split(b"\0", 1)[1].lstrip(b"\0\1"))
+            at += size + 12
+    elif blob[:15] == b"SQLite format 3":
+        book = sqlite3.connect(":memory:")
+        book.deserialize(blob)
+        yield "\n".join(book.iterdump()).encode()
+        book.close()
+    elif b'"' in blob:  # text: JSON, HTML, SVG; a string of base64 may hold anything
+        for packed in re.findall(rb"[A-Za-z0-9+/]{64,}={0,2}", blob):
+            with suppress(ValueError):
+                yield from texts(base64.b64decode(packed))
 
 
 def traces(folder: Path, secrets: tuple[str, ...] = SECRETS) -> list[str]:
@@ -96,6 +163,7 @@ def _hospital(folder: Path) -> Path:
         data.RequestAttributesSequence = [step]
         block = data.private_block(0x0009, FREE, create=True)
         block.add_new(1, "LO", NUMBER)
+        _plant(data, block, n)
         target = scans / f"{NAME}_{n // 7}" / f"{NUMBER}_{n}.dcm"
         target.parent.mkdir(parents=True, exist_ok=True)
         data.save_as(target)
@@ -105,6 +173,28 @@ def _hospital(folder: Path) -> Path:
         writer.writerow(["patient_id", "lesion", "remark", FREE.lower()])
         writer.writerows([f"{NUMBER}-{row['patient_id']}", row["lesion"], FREE, NAME] for row in rows)
     return table
+
+
+def _plant(data: Any, block: Any, n: int) -> None:
+    """Put this file's share of the needles into its tags, its private block and an icon."""
+    from pydicom.dataset import Dataset
+
+    mine = needles()[n::FILES]
+    uids = [x for x in mine if x.startswith("2.25.")]
+    dates = [x for x in mine if x.isdigit()]
+    texts_ = [x for x in mine if not x[0].isdigit()]
+    data.OtherPatientNames = [f"{x}^Anna" for x in texts_[0::2]]
+    block.add_new(2, "LO", texts_[1::2])
+    block.add_new(3, "UI", uids[1:])
+    data.FrameOfReferenceUID = uids[0]
+    data.StudyDate, data.PatientBirthDate, data.DateOfSecondaryCapture = dates[0], dates[1], dates[2:]
+    icon = Dataset()
+    icon.Rows = icon.Columns = 64
+    icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
+    icon.BitsAllocated = icon.BitsStored = 8
+    icon.HighBit, icon.PixelRepresentation = 7, 0
+    icon.PixelData = thumbnail(n)
+    data.IconImageSequence = [icon]
 
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["short", "audited"])
@@ -125,7 +215,7 @@ def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         **({"audit": ["audit", "run", "-o", "report"]} if audited else {}),
         "release": [
             *("release", "run", "-o", "release", "--count", "6"),
-            *(("--report", "report") if audited else ()),
+            *(("--report", "report") if audited else ("--override", "no audit was made: a test of the shortest way")),
             *("--format", "npz", "--format", "png", "--format", "dicom", "--format", "nifti"),
         ],
         "verify": ["verify", "release"],
@@ -156,6 +246,18 @@ def test_planted_identifiers_reach_nothing_that_leaves(walk: Walk) -> None:
     for part in parts:
         assert (walk.folder / part).is_dir()
         assert traces(walk.folder / part) == []
+
+
+def test_none_of_ten_thousand_needles_leaves(walk: Walk) -> None:
+    """Names, numbers, UIDs, dates, free text and thumbnails, in every byte: archives, PDF streams, databases too."""
+    places = [walk.folder / "release", walk.folder / "report", walk.folder / "run" / "model"]
+    places += [walk.folder / "run" / "privacy.json", walk.folder / "run" / "canary.json"]
+    places += [path for path in walk.folder.iterdir() if path.name.startswith(("mlflow", "mlartifacts", "mlruns"))]
+    searched = [place for place in places if place.exists()]
+    assert len(searched) >= 5 + ("audit" in walk.codes)
+    for place in searched:
+        assert found_needles(everything(place)) == set(), place.name
+    assert found_needles([walk.said.encode()]) == set()
 
 
 def test_planted_identifiers_reach_no_model_and_no_internal_report(walk: Walk) -> None:
@@ -199,8 +301,31 @@ def test_the_search_can_find(tmp_path: Path) -> None:
     (tmp_path / f"{NAME}.png").touch()
     assert len(traces(tmp_path)) == 5
 
+    few = needles()[:8]
+    packed = base64.b64encode(b"-" * 60 + few[0].encode()).decode()
+    (tmp_path / "e.json").write_text(f'{{"image": "{packed}"}}', encoding="utf-8")
+    book = sqlite3.connect(tmp_path / "f.db")
+    book.execute("CREATE TABLE t (a TEXT)")
+    book.execute("INSERT INTO t VALUES (?)", ["x" * 5000 + few[1]])  # over the edge of a page
+    book.commit()
+    book.close()
+    (tmp_path / "g.gz").write_bytes(gzip.compress(few[2].encode("utf-16-le")))
+    chunk = b"k\0\0" + zlib.compress(few[3].encode())
+    png = b"\x89PNG\r\n\x1a\n" + len(chunk).to_bytes(4, "big") + b"zTXt" + chunk + b"\0\0\0\0"
+    (tmp_path / "h.png").write_bytes(png)
+    (tmp_path / f"{few[4]}.txt").touch()
+    date = next(x for x in needles() if x.isdigit())
+    (tmp_path / "i.txt").write_text(f"born {date[:4]}-{date[4:6]}-{date[6:]}", encoding="utf-8")
+    (tmp_path / "j.bin").write_bytes(b"..." + thumbnail(3)[990:1100])
+    wanted = {x.lower() for x in few[:5]} | {date, "icon 3"}
+    assert found_needles(everything(tmp_path)) == wanted
+
 
 def test_the_hospital_does_hold_the_identifiers(tmp_path: Path) -> None:
     _hospital(tmp_path)
     found = " ".join(traces(tmp_path))
     assert all(f"{secret} in " in found for secret in SECRETS)
+    assert len(list(tmp_path.rglob(f"export_{NAME}/**/*.dcm"))) == FILES
+    planted = found_needles(everything(tmp_path / f"export_{NAME}"))
+    assert planted == {needle.lower() for needle in needles()} | {f"icon {n}" for n in range(FILES)}
+    assert len(planted) == COUNT + FILES
