@@ -302,7 +302,7 @@ def release(
 ) -> None:
     """Pass the gate and write a synthetic cohort with certificate, checksums and signature.
 
-    Example: `medvae release run -o release --count 200 --format nifti --format dicom`
+    Example: `medvae release run -o release --count 200 --format nifti --report report`
     """
     from medvae import api, words
     from medvae.config import ReleaseConfig, build

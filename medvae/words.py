@@ -81,7 +81,7 @@ def train(result: Result) -> list[str]:
     run = result["run"]
     following = f"next: medvae audit {run} -o report"
     if result["releasable"]:
-        following += f"; medvae release {run} -o release"
+        following += f"; medvae release {run} -o release --report report"
     lines += [f"not releasable: {reason}" for reason in result["reasons"]]
     return [*lines, f"run: {run}", following]
 

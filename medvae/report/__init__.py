@@ -1,1 +1,1 @@
-"""JSON to HTML to PDF. Nothing here computes: every number stands in the JSON."""
+"""JSON to HTML to PDF. `dossier` completes the JSON for a board; after it nothing computes a number."""
