@@ -22,11 +22,14 @@ Floats = npt.NDArray[np.float64]
 Images = npt.NDArray[np.float32]
 
 FALSE_FLAGS = 0.001
+# Confidence of the bound where few held-out scans say what chance is; median deviations from which on they are twins.
+SURE, TWINS = 0.95, 10.0
+ALMOST_ONE = 1 - 1e-9
 # Longest axis of the images compared, and shifts tried along each axis, in voxels of the scan.
-GRID = 16
-SHIFTS = {2: (-2, -1, 0, 1, 2), 3: (-2, 0, 2)}
-# A planted copy: shifted by up to this, mirrored or not, with this noise.
-PLANTED_SHIFT, PLANTED_NOISE = 2, 0.02
+GRID = {2: 32, 3: 16}
+SHIFTS = {2: (-2, -1, 0, 1, 2), 3: (-1, 0, 1)}
+# A planted copy is shifted and mirrored as above, with this noise.
+PLANTED_NOISE = 0.02
 
 
 def variants(images: Images) -> Iterator[Images]:
@@ -52,14 +55,22 @@ def best_match(queries: Images, real: Images, average: Images) -> Floats:
 
     queries: (N, *spatial), real: (M, *spatial); average: (*spatial,) is taken from both. The smaller group is varied.
     """
-    middle = block_average(average[None], GRID)
+    middle = _coarse(average[None])
     varied, fixed = (queries, real) if len(queries) < len(real) else (real, queries)
-    against = _unit(block_average(fixed, GRID) - middle)
+    against = _unit(_coarse(fixed) - middle)
     best = np.full(len(queries), -1.0)
     for variant in variants(varied):
-        likeness = _unit(block_average(variant, GRID) - middle) @ against.T
+        likeness = _unit(_coarse(variant) - middle) @ against.T
         best = np.maximum(best, likeness.max(1) if varied is queries else likeness.max(0))
     return best
+
+
+def _coarse(images: Images) -> Images:
+    """Return the middle of images (N, *spatial) at the resolution of comparison: borders, a shift made up."""
+    dims = images.ndim - 1
+    edge = [min(2 * max(SHIFTS[dims]), n // 6) for n in images.shape[1:]]
+    inside = (slice(None), *(slice(e, n - e) for e, n in zip(edge, images.shape[1:], strict=True)))
+    return block_average(images[inside], GRID[dims])
 
 
 def _unit(images: Images) -> Images:
@@ -70,19 +81,22 @@ def _unit(images: Images) -> Images:
 def threshold(chance: Floats) -> float:
     """Return the correlation that a match by chance exceeds with probability FALSE_FLAGS.
 
-    From 1,000 chance matches on it is their quantile. With fewer, that tail is not in the data: the log distances
-    sqrt(2 - 2 r) are taken as normal, robustly, and the bound is the one-sided prediction bound for one more.
+    From 1,000 chance matches on it is their quantile. With fewer, that tail is not in the data. A best match is the
+    largest of many, so its Fisher transform artanh r is taken as Gumbel, by its moments; the reach beyond their mean
+    grows as for a normal tolerance limit that holds with confidence SURE (Wald & Wolfowitz 1946), which is how
+    uncertain few scans leave it. Matches far off the others are twins across the split and no chance.
     """
-    n = len(chance)
-    if n >= 1 / FALSE_FLAGS:
+    if len(chance) >= 1 / FALSE_FLAGS:
         return float(np.quantile(chance, 1 - FALSE_FLAGS, method="higher"))
-    from scipy.stats import t
+    from scipy.stats import nct, norm
 
-    log = 0.5 * np.log(np.maximum(2 - 2 * chance, 1e-12))
-    middle = float(np.median(log))
-    spread = max(1.4826 * float(np.median(np.abs(log - middle))), 1e-6)
-    reach = float(t.ppf(1 - FALSE_FLAGS, max(1, n - 1))) * math.sqrt(1 + 1 / n) * spread
-    return 1 - 0.5 * math.exp(2 * (middle - reach))
+    z = np.arctanh(np.clip(chance, -ALMOST_ONE, ALMOST_ONE))
+    away = np.abs(z - np.median(z))
+    z = z[away <= TWINS * max(float(np.median(away)), 1e-6)]
+    n, usual = len(z), float(norm.ppf(1 - FALSE_FLAGS))
+    unsure = float(nct.ppf(SURE, n - 1, usual * math.sqrt(n))) / math.sqrt(n) / usual
+    gumbel = (-math.log(-math.log1p(-FALSE_FLAGS)) - np.euler_gamma) * math.sqrt(6) / math.pi
+    return math.tanh(float(z.mean()) + unsure * gumbel * max(float(z.std(ddof=1)), 1e-6))
 
 
 def planted(images: Images, count: int, seed: int) -> Images:
@@ -92,7 +106,7 @@ def planted(images: Images, count: int, seed: int) -> Images:
     made = np.empty_like(chosen)
     for i, image in enumerate(chosen):
         mirrored = tuple(a for a in range(image.ndim) if rng.random() < 0.5)
-        by = tuple(int(v) for v in rng.integers(-PLANTED_SHIFT, PLANTED_SHIFT + 1, size=image.ndim))
+        by = tuple(int(v) for v in rng.choice(SHIFTS[image.ndim], size=image.ndim))
         made[i] = shifted(np.flip(image, mirrored)[None], by)[0]
     return np.clip(made + rng.normal(0, PLANTED_NOISE, made.shape).astype(np.float32), 0, 1)
 

@@ -60,7 +60,7 @@ def _seconds(trainer: Deep, included: np.ndarray) -> float:
     few = trainer.judged.take(np.arange(min(4, len(trainer.judged))))
     steps = trainer.recipe.dpsgd.steps or 1
     began = time.monotonic()
-    replace(trainer, steps=PROBE_STEPS, judged=few.take(np.arange(0)))(list(range(len(included))), included)
+    replace(trainer, steps=PROBE_STEPS, judged=few.take(np.arange(1)))(list(range(len(included))), included)
     stepping = (time.monotonic() - began) / PROBE_STEPS * steps
     began = time.monotonic()
     scan_scores(trainer._start(0, np.flatnonzero(included[0])).eval(), few, trainer.draws, trainer.seed)

@@ -11,6 +11,7 @@ embedding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ Bools = npt.NDArray[np.bool_]
 TOLERANCE = 0.05
 NEIGHBOURS = 1
 PREDICATE_COLUMNS = 4
+# A predicate about a number leaves this part of the records' spread as slack: a leak need not be exact to single out.
+SLACK = 0.02
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,12 @@ def risk_interval(attack: Estimate, control: Estimate) -> Estimate:
     """Return (attack - control) / (1 - control) with its interval.
 
     It is one minus the ratio of the two failure rates, whose interval follows from those of the two rates by the
-    method of variance estimates recovery (Donner & Zou 2012, "Closed-form confidence intervals for functions of the
+    method of variance estimates recovery, and is undefined where the control always succeeds (Donner & Zou 2012, "Closed-form confidence intervals for functions of the
     normal mean and standard deviation", ratio form).
     """
     missed, spared = 1 - attack.value, 1 - control.value
     if spared == 0:
-        return Estimate(0.0, -1.0, 1.0, attack.n)
+        return Estimate(math.nan, math.nan, math.nan, attack.n)
     low_missed, high_missed, low_spared, high_spared = (
         1 - attack.high,
         1 - attack.low,
@@ -133,8 +136,7 @@ def risk_interval(attack: Estimate, control: Estimate) -> Estimate:
     s, t = high_spared * (2 * spared - high_spared), low_spared * (2 * spared - low_spared)
     least = (product - np.sqrt(max(0.0, product**2 - v * s))) / s if s > 0 else 0.0
     most = (product + np.sqrt(max(0.0, product**2 - u * t))) / t if t > 0 else np.inf
-    low = max(-1.0, 1 - most)
-    return Estimate(1 - missed / spared, float(low), float(min(1.0, 1 - least)), attack.n)
+    return Estimate(1 - missed / spared, float(1 - most), float(min(1.0, 1 - least)), attack.n)
 
 
 def infer(secret: int, made: Table, train: Table, control: Table, confidence: float) -> Risk:
@@ -219,27 +221,28 @@ def single_out(made: Table, train: Table, control: Table, guesses: int, confiden
     rng = np.random.default_rng(seed)
     width = min(PREDICATE_COLUMNS, len(made.names))
     middle = np.median(made.values, axis=0)
-    low, high = made.values.min(0), made.values.max(0)
+    low, high, slack = made.values.min(0), made.values.max(0), SLACK * made.values.std(0)
     hits = np.zeros(3, dtype=np.int64)
     for _ in range(guesses):
         columns = rng.permutation(len(made.names))[:width]
         record = made.values[rng.integers(len(made))]
         naive = np.where(made.nominal, np.rint(rng.uniform(low, high)), rng.uniform(low, high))
-        hits[0] += _matches(record, columns, middle, train) == 1
-        hits[1] += _matches(record, columns, middle, control) == 1
-        hits[2] += _matches(naive, columns, middle, train) == 1
+        hits[0] += _matches(record, columns, middle, slack, train) == 1
+        hits[1] += _matches(record, columns, middle, slack, control) == 1
+        hits[2] += _matches(naive, columns, middle, slack, train) == 1
     baseline = Estimate(hits[2] / guesses, *clopper_pearson(int(hits[2]), guesses, confidence), guesses)
     return risk_of(
         "singling out risk", "singling out", (int(hits[0]), int(hits[1])), (guesses, guesses), baseline, confidence
     )
 
 
-def _matches(record: Floats, columns: Ints, middle: Floats, people: Table) -> int:
+def _matches(record: Floats, columns: Ints, middle: Floats, slack: Floats, people: Table) -> int:
     held = np.ones(len(people), dtype=bool)
     for c in columns:
         values = people.values[:, c]
         if people.nominal[c]:
             held &= values == record[c]
         else:
-            held &= values >= record[c] if record[c] >= middle[c] else values <= record[c]
+            upper = record[c] >= middle[c]
+            held &= values >= record[c] - slack[c] if upper else values <= record[c] + slack[c]
     return int(held.sum())
