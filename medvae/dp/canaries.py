@@ -158,7 +158,7 @@ def judge(document: Mapping[str, Any], mechanisms: Sequence[Mechanism], delta: f
     coins, scores, records = _read(document)
     found = [_committed(document, coins), _same_claim(document, records, mechanisms)]
     if not all(a.ok for a in found):
-        return _conclude(found, [], mechanisms)
+        return _conclude(found, [], [])
     included, out = int(coins.sum()), int((~coins).sum())
     each = CONFORMANCE_LEVEL / (ANSWERS * len(mechanisms))
     for record, mechanism in zip(records, mechanisms, strict=True):
