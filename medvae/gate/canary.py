@@ -9,8 +9,8 @@ from typing import Any
 
 from medvae.dp.canaries import Judgement, judge
 from medvae.errors import MedvaeError, NotReleasable
-from medvae.gate.checks import Check
 from medvae.gate.evidence import read_canary
+from medvae.gate.outcome import Check
 from medvae.schemas import problem
 from medvae.types import Mechanism
 
@@ -39,8 +39,13 @@ def published(run: Path, mechanisms: Sequence[Mechanism], delta: float) -> dict[
         raise NotReleasable(str(error)) from None
 
 
-def canary_check(document: Mapping[str, Any], claim: Mapping[str, Any], mechanisms: Sequence[Mechanism]) -> Check:
-    """Judge the published scores and opened coins against a certificate's claim, and what was said of them."""
+def canary_check(
+    document: Mapping[str, Any], claim: Mapping[str, Any], mechanisms: Sequence[Mechanism], *, overridden: bool = False
+) -> Check:
+    """Judge the published scores and opened coins against a certificate's claim, and what was said of them.
+
+    overridden: the certificate says that an accusation by scores was let pass; nothing else may be.
+    """
     found = problem("canary", document)
     if found is not None:
         return Check("canaries", False, f"canary.json: {found}")
@@ -51,7 +56,8 @@ def canary_check(document: Mapping[str, Any], claim: Mapping[str, Any], mechanis
         judgement = judge(document, mechanisms, claim["delta"])
     except MedvaeError as error:
         return Check("canaries", False, str(error))
-    if judgement.verdict == "REFUTED":
+    accused_only = bool(judgement.results) and all(answer.ok for answer in judgement.answers)
+    if judgement.verdict == "REFUTED" and not (overridden and accused_only):
         return Check("canaries", False, f"the claim is refuted: {judgement.reasons[0]}")
     if not _as_stated(document, judgement):
         return Check("canaries", False, "what canary.json says of its scores is not what they give")
@@ -59,8 +65,8 @@ def canary_check(document: Mapping[str, Any], claim: Mapping[str, Any], mechanis
 
 
 def _detail(document: Mapping[str, Any], judgement: Judgement) -> str:
-    if judgement.verdict == "NOT_MEASURABLE":
-        return judgement.reasons[0]
+    if judgement.verdict != "PASS":
+        return ("let pass by the data holder: " if judgement.verdict == "REFUTED" else "") + judgement.reasons[0]
     whole = judgement.results[-1]
     return (
         f"{document['count']} made-up patients, coins as committed, do not refute the claim; from this one run epsilon "

@@ -63,7 +63,7 @@ def verify(release: Path, public_key: Path | None = None) -> dict[str, Any]:
         _bounds(proof["claim"]),
         delta_rule(proof["claim"]["delta"], proof["claim"]["patients"]),
         _count(release, proof["release"], sums),
-        *_canaries(release, proof["claim"], sums),
+        *_canaries(release, proof, sums),
     ]
     for check in checks:
         if not check.ok:
@@ -155,7 +155,7 @@ def _bounds(claim: Mapping[str, Any]) -> Check:
         return Check("bounds", False, str(error))
 
 
-def _canaries(release: Path, claim: Mapping[str, Any], sums: Mapping[str, str]) -> list[Check]:
+def _canaries(release: Path, proof: Mapping[str, Any], sums: Mapping[str, str]) -> list[Check]:
     """Recompute the one-run audit, where the release holds one."""
     if canary.FILE not in sums:
         return []
@@ -163,7 +163,8 @@ def _canaries(release: Path, claim: Mapping[str, Any], sums: Mapping[str, str]) 
         document = json.loads(_read(release, canary.FILE))
     except ValueError:
         raise VerificationFailed("canaries: canary.json is not readable as JSON") from None
-    return [canary.canary_check(document, claim, _mechanisms(claim))]
+    claim, overridden = proof["claim"], (proof["override"] or {}).get("overridden", ())
+    return [canary.canary_check(document, claim, _mechanisms(claim), overridden="canaries" in overridden)]
 
 
 def _count(release: Path, made: Mapping[str, Any], sums: Mapping[str, str]) -> Check:
