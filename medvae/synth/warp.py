@@ -17,7 +17,10 @@ KNOTS = 4
 
 
 def warp(x: Tensor, size: float, generator: torch.Generator) -> Tensor:
-    """Return images (B, C, *spatial), 2D or 3D, each moved by its own affine map and smooth field; the border repeats."""
+    """Return images (B, C, *spatial), 2D or 3D, each moved by its own affine map and smooth field.
+
+    What comes in from outside repeats the border.
+    """
     if size == 0:
         return x
     dims = x.dim() - 2

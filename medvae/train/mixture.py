@@ -78,11 +78,14 @@ def box_of(coefficients: Tensor, shapes: MixtureShapes) -> Tensor:
 
 
 def _first_centres(cells: int, components: int, size: int) -> Tensor:
-    """Return centres (cells, J, D) around the mean: one sits on it, more start at random, which costs nothing."""
+    """Return centres (cells, J, D) around the mean: one sits on it, more start at random, which costs nothing.
+
+    They start at one distance from the mean, so that each of them has scans on its side.
+    """
     if components == 1:
         return torch.zeros(cells, 1, size)
-    start = torch.randn(components, size, generator=torch.Generator().manual_seed(0)) * SPREAD / size**0.5
-    return start.repeat(cells, 1, 1)
+    start = torch.randn(components, size, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(start, dim=1).mul(SPREAD).repeat(cells, 1, 1)
 
 
 def _assign(mixture: MixturePart, vectors: Tensor, batch: Batch, centres: Tensor) -> Tensor:

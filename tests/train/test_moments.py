@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvae.dp.noise import seeded_noise
-from medvae.train import denoise, moments
+from medvae.nets.mixture import MixtureShapes
+from medvae.train import denoise, mixture, moments
 from medvae.train.moments import RELEASES, MomentShapes, Pass, clip_rows, fit_moments, noisy_sum, patient_average
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
@@ -22,6 +25,7 @@ SPACE = ImageSpace(
     (1,),
 )
 SHAPES = MomentShapes(basis=(6, 5), coarse=(3, 3), latent_dim=3, spectrum_weight=0.5)
+MIXED = replace(SHAPES, mixture=MixtureShapes(components=3, box=(3, 2)), lloyd_steps=2)
 
 
 class Source:
@@ -60,8 +64,8 @@ def cohort(seed: int, patients: int = 12, extreme: bool = False) -> Source:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.booleans())
-def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme):
+@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([SHAPES, MIXED]))
+def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme, shapes):
     # Each release is checked given the outputs of the earlier ones, as adaptive composition asks: the contribution
     # functions of one run are replayed on the neighbouring cohort.
     source = cohort(seed, extreme=extreme)
@@ -78,10 +82,10 @@ def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme):
 
     try:
         moments.noisy_sum = check
-        fit_moments(source, everyone, dict.fromkeys(RELEASES, 0.0), SHAPES, noise=Silent())
+        fit_moments(source, everyone, dict.fromkeys(shapes.releases, 0.0), shapes, noise=Silent())
     finally:
         moments.noisy_sum = original
-    assert len(worst) == 4 * len(RELEASES)
+    assert len(worst) == 4 * len(shapes.releases)
     # A float64 sum over a dozen patients keeps at least twelve digits.
     assert max(worst) <= 1 + 1e-9
 

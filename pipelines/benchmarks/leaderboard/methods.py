@@ -33,7 +33,7 @@ PIPELINES = Path(__file__).resolve().parents[2]
 RECIPES = {
     "product": "default.yaml",
     "nonprivate": "default.yaml",
-    "closed_form": "small_cohort.yaml",
+    "closed_form": "closed_form.yaml",
     "dp_cvae": "dpsgd_only.yaml",
 }
 CHANGED_BY_RECIPE = ("product", "nonprivate")
