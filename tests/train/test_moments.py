@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from medvae.dp.noise import seeded_noise
 from medvae.nets.mixture import MixtureShapes
-from medvae.train import denoise, mixture, moments
+from medvae.train import denoise, moments
 from medvae.train.moments import RELEASES, MomentShapes, Pass, clip_rows, fit_moments, noisy_sum, patient_average
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
