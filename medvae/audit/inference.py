@@ -119,8 +119,8 @@ def risk_interval(attack: Estimate, control: Estimate) -> Estimate:
     """Return (attack - control) / (1 - control) with its interval.
 
     It is one minus the ratio of the two failure rates, whose interval follows from those of the two rates by the
-    method of variance estimates recovery, and is undefined where the control always succeeds (Donner & Zou 2012, "Closed-form confidence intervals for functions of the
-    normal mean and standard deviation", ratio form).
+    method of variance estimates recovery (Donner & Zou 2012, "Closed-form confidence intervals for functions of the
+    normal mean and standard deviation", ratio form). It is undefined where the control always succeeds.
     """
     missed, spared = 1 - attack.value, 1 - control.value
     if spared == 0:

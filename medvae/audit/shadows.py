@@ -125,7 +125,13 @@ def _trained(
     waiting = {work.remote(shared, numbers, included): numbers for numbers in groups}
     while waiting:
         (done,), _ = ray.wait(list(waiting), num_returns=1)
-        yield waiting.pop(done), ray.get(done)
+        try:
+            found = ray.get(done)
+        except ray.exceptions.RayError:
+            raise ConfigError(
+                "a machine of the cluster failed: install this medvae on each, then audit again"
+            ) from None
+        yield waiting.pop(done), found
 
 
 def _attempt(trainer: Trainer, numbers: Sequence[int], included: Bools) -> list[dict[str, npt.NDArray[Any]]]:

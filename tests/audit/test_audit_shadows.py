@@ -18,12 +18,13 @@ from audit_world import phantom_scans, recipe, space_of
 from medvae.audit import linear_scores
 from medvae.audit.attacks import make_pool
 from medvae.audit.deep_attack import shadow_models, trainer_of
-from medvae.audit.shadow_recipe import LINEAR, closed_form
+from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form
 from medvae.audit.shadows import Bools, run_shadows, splits
 from medvae.audit.stacked import Batches, Schedule, Stack, take_step
 from medvae.config import MomentsConfig, Recipe
 from medvae.errors import ConfigError
 from medvae.nets.build import build_model
+from medvae.train.moments import RELEASES, MomentShapes, fit_moments
 from medvae.train.rule import resolve
 from medvae.types import Batch
 
@@ -85,7 +86,6 @@ def test_stacked_noise_has_the_planned_size() -> None:
 def test_closed_form_shadows_are_fits_of_the_product() -> None:
     """On coefficients as on images: the same linear part, from the same noise."""
     from medvae.dp.noise import seeded_noise
-    from medvae.train.moments import RELEASES, MomentShapes, fit_moments
 
     scans = phantom_scans(2, 20, 0, 16)
     resolved = resolve(Recipe(moments=MomentsConfig(enabled=True)), 20, scans.space)
@@ -93,7 +93,10 @@ def test_closed_form_shadows_are_fits_of_the_product() -> None:
     trainer = closed_form(scans, resolved, noise, 5)
     found = trainer.fit(3, np.arange(10))
     m = resolved.moments
-    assert m.basis_shape and m.coarse_shape and m.spectrum_weight and resolved.model.latent_dim
+    assert m.basis_shape
+    assert m.coarse_shape
+    assert m.spectrum_weight
+    assert resolved.model.latent_dim
     images = trainer.full.__class__(scans.x, scans.condition, trainer.full.patient, scans.space)
     shapes = MomentShapes(m.basis_shape, m.coarse_shape, resolved.model.latent_dim, m.spectrum_weight)
     expected = fit_moments(images, np.arange(10), noise, shapes, noise=seeded_noise(5 * 1_000_003 + 3))
@@ -101,6 +104,11 @@ def test_closed_form_shadows_are_fits_of_the_product() -> None:
         np.testing.assert_allclose(found[LINEAR + name], tensor.numpy(), rtol=1e-3, atol=2e-4)
     again = linear_scores.of_scans(scans, m.basis_shape)
     assert again.low.shape[2] == int(np.prod(m.basis_shape))
+
+
+def small_closed_form() -> ClosedForm:
+    scans = phantom_scans(2, 20, 0, 16)
+    return closed_form(scans, resolve(Recipe(), 20, scans.space), dict.fromkeys(RELEASES, 2.0), 5)
 
 
 def counting(folder: Path, slow: float = 0.0) -> Any:
@@ -174,27 +182,22 @@ def test_shadows_of_dp_sgd_score_and_are_left_out_where_time_does_not_allow() ->
     assert not np.array_equal(weights[0], weights[1])
 
 
-def test_ray_trains_the_same_shadows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    included = splits(np.zeros(8, dtype=int), 0.5, 4, 0)
+def test_a_cluster_without_ray_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    included = splits(np.zeros(20, dtype=int), 0.5, 4, 0)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="need Ray"):
-        run_shadows(Sums(), included, None, cluster="local")
-
-
-class Sums:
-    """A trainer that can be sent to a cluster."""
-
-    def __call__(self, numbers: Sequence[int], included: Bools) -> list[dict[str, np.ndarray]]:
-        return [{"sum": row.sum(keepdims=True).astype(float)} for row in included]
+        run_shadows(small_closed_form(), included, None, cluster="local")
 
 
 @pytest.mark.slow
-def test_a_cluster_returns_what_one_machine_does() -> None:
+def test_a_cluster_returns_what_one_machine_does(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    included = splits(np.zeros(8, dtype=int), 0.5, 6, 0)
+    included = splits(np.zeros(20, dtype=int), 0.5, 6, 0)
     try:
-        far = run_shadows(Sums(), included, None, group=2, cluster="local")
+        far = run_shadows(small_closed_form(), included, tmp_path, group=2, cluster="local")
+        assert run_shadows(small_closed_form(), included, tmp_path, cluster="local").resumed == 6
     finally:
         ray.shutdown()
-    near = run_shadows(Sums(), included, None)
-    assert [a["sum"].tolist() for a in far.arrays] == [a["sum"].tolist() for a in near.arrays]
+    near = run_shadows(small_closed_form(), included, None)
+    for a, b in zip(far.arrays, near.arrays, strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in b)
