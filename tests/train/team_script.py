@@ -142,7 +142,8 @@ def team(folder: Path, task: Task) -> dict[str, Any]:
             if rank not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
                 codes[rank] = os.waitstatus_to_exitcode(ended[1])
         harm = task.get("harm")
-        if harm and harm[2] == "SIGSTOP" and len(codes) == len(children) - 1:
+        stopped = harm is not None and harm[2] == "SIGSTOP" and harm[0] not in codes
+        if stopped and len(codes) == len(children) - 1:
             os.kill(children[harm[0]], signal.SIGKILL)  # it would sleep for ever
         time.sleep(0.01)
     files = [folder / f".said-{rank}" for rank in range(task["processes"])]

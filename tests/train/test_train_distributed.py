@@ -153,7 +153,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Res
         {**pair, "name": "leader killed", "harm": [0, 5, "SIGKILL"]},
         {**pair, "name": "failed", "harm": [1, 5, "fail"]},
         {**pair, "name": "defect", "harm": [1, 5, "defect"]},
-        {**pair, "name": "stopped", "harm": [1, 5, "SIGSTOP"], "environment": {"MEDVAE_TEAM_TIMEOUT_S": "2"}},
+        {**pair, "name": "stopped", "harm": [1, 5, "SIGSTOP"], "environment": {"MEDVAE_TEAM_TIMEOUT_S": "10"}},
         {**pair, "name": "pressed", "press": 4},
         {**pair, "name": "pressed", "as": "pressed again", "processes": 3, "resume": True},
         {**pair, "name": "over budget", "patients": 31, "budget": 1.0},
@@ -184,7 +184,8 @@ def test_the_log_says_the_same_of_each_step(teams: tuple[Path, dict[str, Results
     assert len(logs[0]) == len(logs[1]) == STEPS
     for alone, together in (map(json.loads, lines) for lines in zip(*logs, strict=True)):
         for key in ("step", "patients", "scans", "loss", "clipped", "median_norm"):
-            assert together[key] == pytest.approx(alone[key], rel=1e-3), key
+            expected = alone[key]  # null where nobody was drawn
+            assert together[key] == (expected if expected is None else pytest.approx(expected, rel=1e-3)), key
 
 
 def test_another_run_has_other_weights(teams: tuple[Path, dict[str, Results]]) -> None:
@@ -262,7 +263,7 @@ def test_a_lost_process_ends_the_run_in_a_sentence_and_it_goes_on(teams: tuple[P
     killed = results["follower killed"]
     assert killed["codes"] == [2, -9]
     assert killed["said"][0]["error"] == LOST
-    assert killed["seconds"] < 15
+    assert killed["seconds"] < 60
     assert results["went on"]["codes"] == [0, 0]
     assert distance(folder / "run-1", folder / "follower killed") < 1e-4
 
@@ -271,7 +272,7 @@ def test_a_lost_leader_ends_the_others(teams: tuple[Path, dict[str, Results]]) -
     killed = teams[1]["leader killed"]
     assert killed["codes"] == [-9, 2]
     assert killed["said"][1]["stderr"] == f"medvae: {LOST}\n"
-    assert killed["seconds"] < 15
+    assert killed["seconds"] < 60
 
 
 def test_the_first_process_speaks_for_one_that_fails(teams: tuple[Path, dict[str, Results]]) -> None:
@@ -287,7 +288,7 @@ def test_a_process_that_hangs_is_given_up(teams: tuple[Path, dict[str, Results]]
     stopped = teams[1]["stopped"]
     assert stopped["codes"] == [2, -9]
     assert stopped["said"][0]["error"] == LOST
-    assert stopped["seconds"] < 25
+    assert stopped["seconds"] < 60
 
 
 def test_ctrl_c_leaves_a_state_for_any_number_of_processes(teams: tuple[Path, dict[str, Results]]) -> None:
