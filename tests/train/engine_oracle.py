@@ -39,10 +39,11 @@ def naive(
 def clipped_sum(
     model: nn.Module, inputs: tuple[Tensor, ...], counts: tuple[int, ...], bound: float, strategy: str | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the engine's clipped sum and norms, with one strategy or with timed ones."""
+    """Return the engine's clipped sum and norms, with one strategy, with timed ones, or with no room to keep any."""
+    room = 0.0 if strategy == "recompute" else math.inf
     module = BookkeepingModule(copy.deepcopy(model), tuner=Tuner(fixed=strategy))
     weight = torch.tensor([1 / k for k in counts for _ in range(k)])
-    sums, norms, _ = module.clipped_sum(inputs, weight, counts, bound)
+    sums, norms, _ = module.clipped_sum(inputs, weight, counts, bound, room)
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [torch.zeros_like(p) if s is None else s for s, p in zip(sums, parameters, strict=True)], norms
 

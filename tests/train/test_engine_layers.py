@@ -14,7 +14,7 @@ from torch import Tensor, nn
 GRID = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=5).map(tuple)
 BOUNDS = st.sampled_from([0.01, 1.0, 1e6])
-STRATEGIES = st.sampled_from([None, "loop", "grouped4", "grouped8", "unfold", "ghost", "products"])
+STRATEGIES = st.sampled_from([None, "loop", "grouped4", "grouped8", "unfold", "ghost", "recompute", "products"])
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -154,7 +154,7 @@ class Tied(nn.Module):
         return (self.out(h + self.embed(index)).sin() + self.again(h)).square().sum(1)
 
 
-@pytest.mark.parametrize("strategy", [None, "loop", "grouped4", "unfold", "ghost"])
+@pytest.mark.parametrize("strategy", [None, "loop", "grouped4", "unfold", "ghost", "recompute"])
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (2, 2), (1, 7, 3), (4,)])
 def test_parameters_used_more_than_once_are_added_before_the_norm(
     counts: tuple[int, ...], strategy: str | None

@@ -106,7 +106,7 @@ def test_empty_batch_gives_zeros() -> None:
     scans=st.integers(1, 7),
     bound=st.sampled_from([1e-3, 0.1, 1.0, 7.0]),
     scale=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
-    strategy=st.sampled_from([None, "loop", "grouped4", "unfold", "ghost"]),
+    strategy=st.sampled_from([None, "loop", "grouped4", "unfold", "ghost", "recompute"]),
     seed=st.integers(0, 99),
 )
 def test_a_patient_never_adds_more_than_the_bound(
@@ -133,7 +133,7 @@ class Cancelling(nn.Module):
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
-@pytest.mark.parametrize("strategy", ["products", "ghost"])
+@pytest.mark.parametrize("strategy", ["products", "ghost", "recompute"])
 def test_the_bound_holds_where_scans_cancel(gap: float, strategy: str) -> None:
     """A norm from inner products loses what cancels; what is released must be bounded all the same."""
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_the_bound_holds_where_scans_cancel(gap: float, strategy: str) -> None:
     assert float(flat(sums).norm()) <= bound
 
 
-@pytest.mark.parametrize("strategy", ["loop", "grouped4", "unfold", "ghost", "products"])
+@pytest.mark.parametrize("strategy", ["loop", "grouped4", "unfold", "ghost", "recompute", "products"])
 @pytest.mark.parametrize("counts", [(2, 2, 2), (1, 3, 2)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_a_gradient_that_is_not_finite_counts_as_zero(strategy: str, counts: tuple[int, ...], value: float) -> None:
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_counts_as_zero(strategy: str, counts: tup
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-@pytest.mark.parametrize("strategy", ["loop", "grouped4", "unfold", "ghost"])
+@pytest.mark.parametrize("strategy", ["loop", "grouped4", "unfold", "ghost", "recompute"])
 def test_where_opacus_hooks_go_wrong_padding_modes(mode: Any, strategy: str) -> None:
     torch.manual_seed(0)
     model = Net()
@@ -177,7 +177,7 @@ class ChannelsLast(Net):
         return self.linear(self.second(self.norm(h)).flatten(1)).square().sum(1)
 
 
-@pytest.mark.parametrize("strategy", [None, "loop", "grouped4", "unfold", "ghost"])
+@pytest.mark.parametrize("strategy", [None, "loop", "grouped4", "unfold", "ghost", "recompute"])
 def test_where_opacus_hooks_go_wrong_channels_last(strategy: str | None) -> None:
     torch.manual_seed(0)
     check(ChannelsLast(), (images(4).contiguous(memory_format=torch.channels_last),), (1, 3), 0.1, strategy)
@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("strategy", [None, "loop", "unfold", "ghost"])
+@pytest.mark.parametrize("strategy", [None, "loop", "unfold", "ghost", "recompute"])
 def test_attention_of_monai(dims: int, strategy: str | None) -> None:
     torch.manual_seed(0)
     scans = 4 if dims == 2 else 3
@@ -329,7 +329,9 @@ def test_choices_are_stored_with_a_run_and_a_torn_file_only_costs_time(tmp_path:
 def test_a_batch_is_split_between_patients_only(kept: int, max_scans: int, room: float) -> None:
     model = vae((8, 12))
     batch, latent = cohort((8, 12), [1, 7, 2, 3, 1])
-    whole, _ = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=0.1, limits=Limits(100)).clipped_sum(batch, latent)
+    whole, _ = BookkeepingSampler(copy.deepcopy(model), max_grad_norm=0.1, limits=Limits(100)).clipped_sum(
+        batch, latent
+    )
     sampler = BookkeepingSampler(model, max_grad_norm=0.1, limits=Limits(max_scans, kept, room))
     sums, stats = sampler.clipped_sum(batch, latent)
     assert len(stats.reveal().norms) == 5

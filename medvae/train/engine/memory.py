@@ -22,6 +22,8 @@ PART_BYTES = 512 * 2**20
 # Bytes a parameter takes besides the gradients by patient: weight, average, two moments, sum, gradient, noise in
 # float64 and what adding it takes.
 STATE_BYTES = 6 * 4 + 2 * 8
+# What the libraries take for themselves on a first step: compiled kernels, work areas, threads.
+LIBRARY_BYTES = 64 * 2**20
 # What allocators lose: blocks that are free and too small for what comes next.
 SLACK = 1.25
 
@@ -77,7 +79,11 @@ def measure(model: nn.Module, batch: Batch, latent: Tensor) -> Need:
     del kept
     scans = len(batch.patient)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return Need(-(-int(SLACK * (sum(sizes.values()) + 3 * largest)) // scans), 4 * trained, STATE_BYTES * trained)
+    return Need(
+        -(-int(SLACK * (sum(sizes.values()) + 3 * largest)) // scans),
+        4 * trained,
+        STATE_BYTES * trained + LIBRARY_BYTES,
+    )
 
 
 def limits(need: Need, memory_gib: float | None, scans_per_patient: int, device: torch.device) -> Limits:

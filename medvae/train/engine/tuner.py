@@ -16,6 +16,8 @@ from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCa
 # A strategy is timed so many times at most, or until it took its share.
 TURNS, SHARE_SECONDS = 7, 0.1
 FILE = "strategies.json"
+# For fewer patients a loop over them is never far from the best, and every convolution tried leaves compiled code.
+FEW = 5
 
 
 class Tuner:
@@ -49,6 +51,8 @@ class Tuner:
         key = (*call.key, may_defer)
         if key not in self._memory:
             names = _candidates(call, may_defer)
+            if isinstance(call, ConvCall) and call.segments.patients < FEW:
+                names = names[:1]
             given = self._given.get(_text(key))
             if given not in names and len(names) > 1:
                 self._noted.setdefault(key, (call.blank(), call.x.device, may_defer))
