@@ -32,7 +32,7 @@ Bools = npt.NDArray[np.bool_]
 Curve = Callable[[Floats], Floats]
 
 # Share of the canaries, the first ones, whose scores only set the threshold that the others are tested at.
-CALIBRATORS = 0.2
+CALIBRATORS = 0.1
 # Share of the others that the one-run estimators guess on: the surest, with scores farthest from the threshold.
 GUESS_SHARE = 0.06
 # Noise over the claim's, in the search for the claim that can just be refuted.

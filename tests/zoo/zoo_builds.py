@@ -296,8 +296,8 @@ DPSGD: tuple[Build, ...] = (
     Build("clip by layer", "conformance", "dpsgd", _engine(_clip_by_layer), Sim(signal=2**0.5)),
     Build("patients cut by micro-batches", "conformance", "dpsgd", _cut_patients),
     Build("noise on every micro-batch", "conformance", "dpsgd", _noise_by_micro_batch, Sim((2.0, 2.0))),
-    Build("no noise on the last parameter", "scores", "dpsgd", _unnoised(-1), Sim((1.0, 0.0))),
-    Build("no noise on the first parameter", "scores", "dpsgd", _unnoised(0), Sim((0.0, 1.0))),
+    Build("no noise on the last parameter", "conformance", "dpsgd", _unnoised(-1), Sim((1.0, 0.0))),
+    Build("no noise on the first parameter", "conformance", "dpsgd", _unnoised(0), Sim((0.0, 1.0))),
     Build("uniform noise of the right size", "conformance", "dpsgd", _law(_uniform), Sim(law="uniform")),
     Build("64 numbers of noise, repeated", "conformance", "dpsgd", _law(_tiled), Sim(law="tiled")),
     Build("one number of noise a step", "conformance", "dpsgd", _law(_one_number), Sim(law="same")),
@@ -312,7 +312,7 @@ DPSGD: tuple[Build, ...] = (
 RELEASES: tuple[Build, ...] = (
     Build("releases without noise", "scores", "moments", _release_noise(0.0)),
     Build("releases with noise times 0.7", "scores", "moments", _release_noise(0.7)),
-    Build("one release without noise", "scores", "moments", _release_noise(0.0, "norms")),
+    Build("one release without noise", "conformance", "moments", _release_noise(0.0, "norms")),
     Build("releases clipped by scan", "scores", "moments", _release_by_scan),
     Build("releases not clipped", "scores", "moments", _release_unclipped),
 )
