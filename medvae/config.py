@@ -67,6 +67,7 @@ class MomentsConfig(Frozen):
     basis_shape: tuple[Count, ...] | None = None
     coarse_shape: tuple[Count, ...] | None = None
     spectrum_weight: Probability | None = None
+    public_clips: bool | None = None
 
 
 class MixtureConfig(Frozen):

@@ -35,8 +35,11 @@ from medvae.types import Batch, ImageSpace, Progress
 Array = npt.NDArray[np.float64]
 
 RELEASES = ("norms", "centre", "residual_norms", "means", "second")
+CLIP_RELEASES = ("norms", "residual_norms")
 # Edges of the norm histograms, as root mean square per element of [0, 1] channels: public constants.
 RMS_EDGES = np.geomspace(0.01, 1.0, 25)
+# Clips where a cohort is too small to show its own (the rule decides): a scan in [0, 1], and what a mean leaves of it.
+PUBLIC_RMS, PUBLIC_RESIDUAL_RMS = 0.4, 0.2
 # The clip is the norm that this share of patients stays under: more clips the anatomy, less adds noise.
 CLIP_QUANTILE = 0.8
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
@@ -176,7 +179,8 @@ class MomentShapes:
     """How fine each release is, in cosines an axis: public numbers, chosen by the rule.
 
     basis: of the mean; coarse: of the centre and of second moments; latent_dim: directions kept at most;
-    spectrum_weight: share of the last release's sensitivity that spectra get, against directions (squares add to 1).
+    spectrum_weight: share of the last release's sensitivity that spectra get, against directions (squares add to 1);
+    public_clips: clips are public constants, and the two histograms are left out.
     """
 
     basis: tuple[int, ...]
@@ -185,13 +189,15 @@ class MomentShapes:
     spectrum_weight: float
     mixture: MixtureShapes | None = None
     lloyd_steps: int = 0
+    public_clips: bool = False
 
     @property
     def releases(self) -> tuple[str, ...]:
         """The names of all releases of the stage, in order."""
+        first = tuple(name for name in RELEASES if not (self.public_clips and name in CLIP_RELEASES))
         if self.mixture is None:
-            return RELEASES
-        return (*RELEASES, *release_names(self.mixture.components, self.lloyd_steps))
+            return first
+        return (*first, *release_names(self.mixture.components, self.lloyd_steps))
 
 
 def fit_moments(
@@ -279,6 +285,9 @@ class _Fit:
 
 def _norms(fit: _Fit) -> None:
     """Choose the clip of the centre."""
+    if fit.shapes.public_clips:
+        fit.radius = PUBLIC_RMS * fit.elements**0.5
+        return
     histogram = fit.release("norms", lambda b: fit.buckets(fit.residual(b)[fit.coarse]))
     fit.radius = radius_of(histogram, fit.elements)
 
@@ -294,6 +303,9 @@ def _centre(fit: _Fit) -> None:
 
 def _residual_norms(fit: _Fit) -> None:
     """Choose the clips of means and second moments."""
+    if fit.shapes.public_clips:
+        fit.radius = fit.full_radius = PUBLIC_RESIDUAL_RMS * fit.elements**0.5
+        return
 
     def contribution(batch: Batch) -> Tensor:
         return torch.cat([fit.buckets(fit.residual(batch)), fit.buckets(fit.full_residual(batch))], dim=1) / 2**0.5

@@ -11,6 +11,7 @@ from medvae.config import DpSgdConfig, MixtureConfig, ModelConfig, MomentsConfig
 from medvae.errors import ConfigError
 from medvae.nets.mixture import cell_count
 from medvae.train.mixture import release_names
+from medvae.train.moments import CLIP_RELEASES
 from medvae.types import ImageSpace
 
 # On fewer patients the noise is longer than any signal (planning.cohort_warnings); docs/quality.md has one comparison.
@@ -20,6 +21,8 @@ SMALL, LARGE = 100, 10_000
 SGD_SHARE_SMALL, SGD_SHARE_LARGE = 0.15, 0.5
 # Shares of the closed form's budget: three cheap releases that only set clips and a centre, then the two that count.
 CLIP_SHARE, CENTRE_SHARE = 0.03, 0.08
+# Histograms whose noise is this share of their patients show nothing: clips are public constants then.
+CLIP_NOISE, HISTOGRAM_BINS = 0.5, 26
 SECOND_SHARE_SMALL, SECOND_SHARE_LARGE = 0.2, 0.5
 # Within the second moments: a hundred patients show spectra and contrasts, but hardly a direction.
 SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE = 0.95, 0.4
@@ -46,9 +49,15 @@ def _model(config: ModelConfig, patients: int, space: ImageSpace) -> ModelConfig
     return config.model_copy(update={"latent_dim": latent, "channels": channels})
 
 
-def _moments(config: MomentsConfig, patients: int, space: ImageSpace, *, sgd: bool) -> MomentsConfig:
+def _moments(
+    config: MomentsConfig, patients: int, space: ImageSpace, noise: float | None, *, sgd: bool
+) -> MomentsConfig:
     if not config.enabled:
         return config
+    clips = config.public_clips
+    if clips is None:
+        # The noise over a whole histogram of norms against the patients in it.
+        clips = noise is not None and noise * math.sqrt(HISTOGRAM_BINS / CLIP_SHARE) > CLIP_NOISE * patients
     share = config.share
     if share is None:
         share = 1 - _between(patients, SGD_SHARE_SMALL, SGD_SHARE_LARGE) if sgd else 1.0
@@ -60,7 +69,13 @@ def _moments(config: MomentsConfig, patients: int, space: ImageSpace, *, sgd: bo
     weight = config.spectrum_weight or round(_between(patients, SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE), 3)
     _check_shapes(basis, coarse, space.spatial_shape)
     return config.model_copy(
-        update={"share": share, "basis_shape": basis, "coarse_shape": coarse, "spectrum_weight": weight}
+        update={
+            "share": share,
+            "basis_shape": basis,
+            "coarse_shape": coarse,
+            "spectrum_weight": weight,
+            "public_clips": clips,
+        }
     )
 
 
@@ -120,7 +135,7 @@ def resolve(recipe: Recipe, patients: int, space: ImageSpace, noise: float | Non
     else:
         mixture = mixture.model_copy(update={"enabled": False})
     dpsgd = _dpsgd(recipe.dpsgd, patients, space, moments=recipe.moments.enabled, mixture=mixture.enabled is True)
-    moments = _moments(recipe.moments, patients, space, sgd=dpsgd.enabled is True)
+    moments = _moments(recipe.moments, patients, space, noise, sgd=dpsgd.enabled is True)
     if mixture.enabled and moments.basis_shape is not None and mixture.box is not None:
         mixture = mixture.model_copy(
             update={"box": tuple(min(k, b) for k, b in zip(mixture.box, moments.basis_shape, strict=True))}
@@ -138,11 +153,14 @@ def moment_shares(recipe: Recipe, patients: int) -> list[tuple[str, float]]:
 
 
 def _release_shares(recipe: Recipe, patients: int) -> dict[str, float]:
+    without = CLIP_RELEASES if recipe.moments.public_clips else ()
     if recipe.mixture.enabled and recipe.mixture.components is not None:
         *clusters, last = release_names(recipe.mixture.components, recipe.mixture.lloyd_steps)
         shares = {**MIXTURE_SHARES, **{name: CLUSTER_SHARE / len(clusters) for name in clusters}}
+        shares = {name: share for name, share in shares.items() if name not in without}
         return {**shares, last: 1 - sum(shares.values())}
     second = _between(patients, SECOND_SHARE_SMALL, SECOND_SHARE_LARGE)
     fixed = {"norms": CLIP_SHARE, "centre": CENTRE_SHARE, "residual_norms": CLIP_SHARE}
+    fixed = {name: share for name, share in fixed.items() if name not in without}
     rest = 1 - sum(fixed.values())
     return {**fixed, "means": rest * (1 - second), "second": rest * second}

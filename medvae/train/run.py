@@ -161,6 +161,7 @@ def _moments_stage(
         settings.spectrum_weight,
         mixture_shapes(plan.recipe),
         plan.recipe.mixture.lloyd_steps,
+        settings.public_clips is True,
     )
     charged = [m for m in plan.privacy.mechanisms if m.name in shapes.releases]
     part = fit_moments(

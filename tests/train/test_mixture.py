@@ -171,3 +171,23 @@ def test_a_chunk_of_any_size_gives_the_same_mixture(monkeypatch):
     monkeypatch.setattr(moments, "CHUNK_VOXELS", 7 * 256)
     parts = fitted(source, SHAPES, 0.0)
     torch.testing.assert_close(parts.mixture.means, whole.mixture.means, atol=1e-4, rtol=1e-4)
+
+
+def test_clips_come_from_constants_where_a_histogram_would_be_all_noise():
+    def plan(patients: int, epsilon: float):
+        return make_plan(patients, SPACE, build(TrainConfig, dp_epsilon=epsilon))
+
+    few, many = plan(100, 1), plan(100, 8)
+    assert few.recipe.moments.public_clips is True and many.recipe.moments.public_clips is False
+    assert {m.name for m in few.privacy.mechanisms} == {"centre", "means", "second"}
+    # What the histograms would have cost goes to the others: all of epsilon is used.
+    assert few.privacy.epsilon == pytest.approx(1, rel=0.01)
+
+
+def test_public_clips_bound_a_patient_as_the_histograms_do():
+    shapes = replace(SHAPES, public_clips=True)
+    source = two_kinds_of_each(50)
+    source.x = source.x * np.float32(1e4)
+    part = fitted(source, shapes, 1.0)
+    assert shapes.releases == ("centre", "means", "second", *release_names(2, 4))
+    assert torch.isfinite(part.mean_map).all() and torch.isfinite(part.mixture.means).all()
