@@ -39,7 +39,7 @@ class Attack:
         return f"{self.score}, {self.calibration}, {self.reduce}"
 
 
-MEAN_MAP, EXACT = "mean map", "exact likelihood"
+MEAN_MAP, EXACT, MIXTURE = "mean map", "exact likelihood", "mixture likelihood"
 CLOSED_FORM = (
     Attack(MEAN_MAP, "raw", "sum"),
     Attack(MEAN_MAP, "raw", "max"),
@@ -50,6 +50,10 @@ CLOSED_FORM = (
     Attack(EXACT, "lira", "max"),
     Attack(EXACT, "lira online", "sum"),
     Attack(EXACT, "rmia", "sum"),
+    Attack(MIXTURE, "raw", "mean"),
+    Attack(MIXTURE, "lira", "sum"),
+    Attack(MIXTURE, "lira online", "sum"),
+    Attack(MIXTURE, "rmia", "sum"),
 )
 DEEP = (
     Attack("likelihood", "lira", "sum"),

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from medvae.audit import linear_scores
-from medvae.audit.attacks import CLOSED_FORM, EXACT, MEAN_MAP, WHITE_BOX, Family, Pool, patient_scores, strata
+from medvae.audit.attacks import CLOSED_FORM, EXACT, MEAN_MAP, MIXTURE, WHITE_BOX, Family, Pool, patient_scores, strata
 from medvae.audit.calibrate import Calibrated
-from medvae.audit.linear_scores import NAMES, Coefficients, Part
+from medvae.audit.linear_scores import Coefficients, Part
 from medvae.audit.membership import Scores
-from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form
+from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form, moment_shapes
 from medvae.audit.shadows import Arrays, Shadows, run_shadows, splits
 from medvae.config import Recipe
-from medvae.train.moments import RELEASES
 from medvae.types import FloatArray, ImageSpace
 
 CONTROL_SHADOWS = 16
@@ -39,7 +38,7 @@ def family(
     if len(shadows) < FEWEST_SHADOWS:
         return Family("white-box", WHITE_BOX, words=f"needs {FEWEST_SHADOWS} shadow models, there are {len(shadows)}")
     seen = linear_scores.coefficients(full, pool.scans.condition, pool.scans.space, basis)
-    attacks = _attacks(pool, seen, [target, *shadows.arrays], shadows)
+    attacks = _attacks(pool, seen, recipe, [target, *shadows.arrays], shadows)
     leaky: dict[str, Scores] = {}
     if control is not None:
         rows = np.isin(pool.scans.patient, control.scans.patients)
@@ -48,22 +47,29 @@ def family(
 
 
 def _control(pool: Pool, full: FloatArray, seen: Coefficients, recipe: Recipe, seed: int) -> dict[str, Scores]:
-    silent = dict.fromkeys(RELEASES, 0.0)
+    silent = dict.fromkeys(moment_shapes(recipe).releases, 0.0)
     trainer = closed_form(pool.scans, recipe, silent, seed, full)
     included = splits(strata(pool.scans), pool.seen, CONTROL_SHADOWS, seed)
     shadows = run_shadows(trainer, included, None)
     target = trainer.fit(10**6, np.flatnonzero(pool.member))
-    return _attacks(pool, seen, [target, *shadows.arrays], shadows)
+    return _attacks(pool, seen, recipe, [target, *shadows.arrays], shadows)
 
 
-def _attacks(pool: Pool, seen: Coefficients, models: Sequence[Arrays], shadows: Shadows) -> dict[str, Scores]:
+def _attacks(
+    pool: Pool, seen: Coefficients, recipe: Recipe, models: Sequence[Arrays], shadows: Shadows
+) -> dict[str, Scores]:
+    shapes = moment_shapes(recipe)
+    basis, box = shapes.basis, None if shapes.mixture is None else shapes.mixture.box
     space: ImageSpace = pool.scans.space
-    parts: list[Part] = [{name: model[LINEAR + name] for name in NAMES} for model in models]
+    parts: list[Part] = [
+        {k.removeprefix(LINEAR): v for k, v in model.items() if k.startswith(LINEAR)} for model in models
+    ]
     means = linear_scores.flat_means(parts)
-    scores = {
-        MEAN_MAP: linear_scores.mean_map(means, means[1:], seen, pool.seen),
-        EXACT: np.stack([linear_scores.likelihood(part, seen, space) for part in parts]),
-    }
+    scores = {MEAN_MAP: linear_scores.mean_map(means, means[1:], seen, pool.seen)}
+    if box is None:
+        scores[EXACT] = np.stack([linear_scores.likelihood(part, seen, space) for part in parts])
+    else:
+        scores[MIXTURE] = np.stack([linear_scores.mixture_likelihood(part, seen, basis, box) for part in parts])
     included = shadows.included[:, pool.index]
     calibrated = {name: Calibrated(s[0], s[1:], included, pool.scans.patient) for name, s in scores.items()}
     return patient_scores(CLOSED_FORM, calibrated, pool)

@@ -1,6 +1,6 @@
 """White-box attack on the closed form, from what it releases: a mean map, directions and spectra.
 
-Two scores, both exact for this model and both computed from cosine coefficients:
+Scores are computed from cosine coefficients:
 
     mean map          The released mean m is a noisy average of clipped scans, so the best test of one summand is the
                       inner product of the scan with what m has too much of, each coefficient weighed by its noise:
@@ -8,6 +8,7 @@ Two scores, both exact for this model and both computed from cosine coefficients
                       Traceability from Trace Amounts"; Sankararaman et al. 2009 for the weights). mu and V are mean
                       and covariance of a released mean of which one knows neither the noise nor who was drawn.
     exact likelihood  log N(x; m(c), U'U + Sigma), directions U and spectra Sigma by shell, by Woodbury's identity.
+    mixture           the same where a mixture by class stands in place of the directions.
 
 A patient of more than one scan is summed by patient later on.
 """
@@ -28,7 +29,6 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Part = Mapping[str, npt.NDArray[np.float32]]
 
-NAMES = ("mean_map", "directions", "spectrum")
 # Least standard deviation of a coefficient: a spectrum that the noise swallowed must not make a scan impossible.
 FLOOR = 0.01
 # Least share of a released mean's variance that counts as noise: keeps the weights finite where there is none.
@@ -42,7 +42,8 @@ class Coefficients:
     """Scans as the closed form sees them.
 
     low: (N, C, D) cosine coefficients of the mean's basis; gram: (N, SHELLS, C, C) products of the higher ones by
-    shell; design: (N, H) regression rows; shell: (D,) of the low ones; counts: (SHELLS,) of the higher ones.
+    shell; design: (N, H) regression rows; shell: (D,) of the low ones; counts: (SHELLS,) of the higher ones;
+    cell: (N,), which combination of classes.
     """
 
     low: Floats
@@ -50,10 +51,13 @@ class Coefficients:
     design: Floats
     shell: Ints
     counts: Ints
+    cell: Ints
 
     def take(self, rows: npt.NDArray[np.bool_] | Ints) -> Coefficients:
         """Return some of the scans."""
-        return Coefficients(self.low[rows], self.gram[rows], self.design[rows], self.shell, self.counts)
+        return Coefficients(
+            self.low[rows], self.gram[rows], self.design[rows], self.shell, self.counts, self.cell[rows]
+        )
 
 
 def cosines(x: FloatArray) -> FloatArray:
@@ -68,6 +72,7 @@ def coefficients(full: FloatArray, condition: FloatArray, space: ImageSpace, bas
     import torch
 
     from medvae.nets.linear import SHELLS, design, shells
+    from medvae.nets.mixture import cell_of
 
     shell = shells(space.spatial_shape)
     inside = np.zeros(space.spatial_shape, dtype=bool)
@@ -79,9 +84,9 @@ def coefficients(full: FloatArray, condition: FloatArray, space: ImageSpace, bas
         gram[:, s] = np.einsum("ncj,ndj->ncd", part, part)
     rows = design(torch.from_numpy(condition), space.conditions).double().numpy()
     counts = np.bincount(shell[~inside].ravel(), minlength=SHELLS)
-    return Coefficients(
-        low.astype(np.float64), gram, rows, shell[tuple(slice(k) for k in basis)].ravel(), counts.astype(np.int64)
-    )
+    of_low = shell[tuple(slice(k) for k in basis)].ravel()
+    cell = cell_of(torch.from_numpy(condition), space.conditions).numpy()
+    return Coefficients(low.astype(np.float64), gram, rows, of_low, counts.astype(np.int64), cell)
 
 
 def of_scans(scans: Scans, basis: tuple[int, ...]) -> Coefficients:
@@ -106,6 +111,37 @@ def likelihood(part: Part, scans: Coefficients, space: ImageSpace) -> Floats:
     volume = log_det[scans.shell].sum() + float(scans.counts @ log_det) + np.linalg.slogdet(core)[1]
     elements = channels * (size + int(scans.counts.sum()))
     return np.asarray(-0.5 * (quadratic + volume + elements * math.log(2 * math.pi)))
+
+
+def mixture_likelihood(part: Part, scans: Coefficients, basis: tuple[int, ...], box: tuple[int, ...]) -> Floats:
+    """Return log sum_j w_j N(r; mu_j, F_j' F_j + S) of what the mean map leaves over, in nats, (N,).
+
+    r: the coefficients of the box; S: the diagonal of the released spectra, for what the factors leave out.
+    """
+    inside = np.arange(math.prod(basis)).reshape(basis)[tuple(slice(k) for k in box)].ravel()
+    residual = (scans.low - np.tensordot(scans.design, _flat(part["mean_map"]), axes=1))[:, :, inside]
+    power = np.diagonal(part["spectrum"], axis1=1, axis2=2)[scans.shell[inside]].T.astype(np.float64).ravel()
+    noise = np.maximum(power, 0.0) + FLOOR**2
+    rows, found = residual.reshape(len(residual), -1), np.empty(len(residual))
+    weights, means, factors = (part[f"mixture.{k}"].astype(np.float64) for k in ("weights", "means", "factors"))
+    for cell in np.unique(scans.cell):
+        mine = scans.cell == cell
+        terms = [
+            np.log(max(w, 1e-12)) + _low_rank_normal(rows[mine] - mu, f, noise)
+            for w, mu, f in zip(weights[cell], means[cell], factors[cell], strict=True)
+        ]
+        found[mine] = np.logaddexp.reduce(terms, axis=0)
+    return found
+
+
+def _low_rank_normal(rows: Floats, factor: Floats, noise: Floats) -> Floats:
+    """Return log N(row; 0, factor' factor + diag(noise)) of each row (N, E), factor (rank, E)."""
+    seen = factor / noise
+    core = np.eye(len(factor)) + seen @ factor.T
+    codes = rows @ seen.T
+    quadratic = (rows**2 / noise).sum(1) - np.einsum("nj,nj->n", codes, np.linalg.solve(core, codes.T).T)
+    volume = np.log(noise).sum() + np.linalg.slogdet(core)[1] + len(noise) * math.log(2 * math.pi)
+    return np.asarray(-0.5 * (quadratic + volume))
 
 
 def _noise(part: Part, space: ImageSpace) -> tuple[Floats, Floats]:

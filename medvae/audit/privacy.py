@@ -92,7 +92,7 @@ def _families(case: Case, pool: Pool, clock: Clock) -> tuple[dict[str, Family], 
         from medvae.audit.linear_scores import cosines
 
         full = clock.time("shadows", lambda: cosines(pool.scans.x))
-        trainer = closed_form_attack.prepare(pool, full, recipe, _noise(case, pool), seed)
+        trainer = closed_form_attack.prepare(pool, full, recipe, _noise(case, pool, recipe), seed)
         shadows = clock.time("shadows", lambda: _closed_shadows(case, pool, trainer, clock.between(20, 60)))
         trained.append(shadows)
         families["closed form"] = clock.time("white-box", lambda: _closed(case, pool, full, recipe, shadows, control))
@@ -119,13 +119,13 @@ def _families(case: Case, pool: Pool, clock: Clock) -> tuple[dict[str, Family], 
     return families, trained
 
 
-def _noise(case: Case, pool: Pool) -> dict[str, float]:
+def _noise(case: Case, pool: Pool, recipe: Recipe) -> dict[str, float]:
     """Return the noise of closed-form shadows, scaled so that a mean over their fewer patients is as noisy."""
-    from medvae.train.moments import RELEASES
+    from medvae.audit.shadow_recipe import moment_shapes
 
     known = {m["name"]: float(m["event"]["noise_multiplier"]) for m in case.claim["mechanisms"]}
     kept = splits(strata(pool.scans), pool.seen, 1, case.config.seed)[0].sum() / max(1, int(case.claim["patients"]))
-    return {name: known.get(name, 0.0) * float(kept) for name in RELEASES}
+    return {name: known.get(name, 0.0) * float(kept) for name in moment_shapes(recipe).releases}
 
 
 def _facts(case: Case, kind: str) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from medvae.audit.linear_scores import cosines
 from medvae.audit.material import Scans
 from medvae.audit.shadows import Bools
 from medvae.config import Recipe
+from medvae.nets.build import mixture_shapes
 from medvae.nets.linear import LinearPart
+from medvae.train.moments import MomentShapes
 from medvae.types import Batch, FloatArray, ImageSpace
 
 Ints = npt.NDArray[np.int64]
@@ -77,16 +79,13 @@ class ClosedForm:
     def fit(self, number: int, patients: Ints) -> Arrays:
         """Fit the shadow of this number on these patients."""
         from medvae.dp.noise import seeded_noise
-        from medvae.train.moments import MomentShapes, fit_moments
+        from medvae.train.moments import fit_moments
 
-        m, latent = self.recipe.moments, self.recipe.model.latent_dim
-        if m.basis_shape is None or m.coarse_shape is None or m.spectrum_weight is None or latent is None:
-            raise ValueError("the recipe is not resolved")
         part = fit_moments(
             self.full,
             patients.astype(np.int64),
             self.noise_multipliers,
-            MomentShapes(m.basis_shape, m.coarse_shape, latent, m.spectrum_weight),
+            moment_shapes(self.recipe),
             noise=seeded_noise(self.seed * 1_000_003 + number),
             part=CoefficientPart,
         )
@@ -100,6 +99,15 @@ def closed_form(
     index = np.searchsorted(pool.patients, pool.patient).astype(np.int64)
     transformed = cosines(pool.x) if full is None else full
     return ClosedForm(InMemory(transformed, pool.condition, index, pool.space), recipe, noise_multipliers, seed)
+
+
+def moment_shapes(recipe: Recipe) -> MomentShapes:
+    """Return the shapes that a resolved recipe's closed form has."""
+    m, latent = recipe.moments, recipe.model.latent_dim
+    if m.basis_shape is None or m.coarse_shape is None or m.spectrum_weight is None or latent is None:
+        raise ValueError("the recipe is not resolved")
+    mixture, steps = mixture_shapes(recipe), recipe.mixture.lloyd_steps
+    return MomentShapes(m.basis_shape, m.coarse_shape, latent, m.spectrum_weight, mixture, steps)
 
 
 @dataclass(frozen=True)

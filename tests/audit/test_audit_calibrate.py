@@ -12,10 +12,9 @@ from medvae.audit.attacks import CLOSED_FORM, Pool, control_pool, make_pool, pat
 from medvae.audit.calibrate import Calibrated, by_patient, lira, lira_online, rmia
 from medvae.audit.closed_form_attack import family, prepare
 from medvae.audit.intervals import auc
-from medvae.audit.shadow_recipe import LINEAR
+from medvae.audit.shadow_recipe import moment_shapes
 from medvae.audit.shadows import run_shadows, splits
 from medvae.config import Recipe
-from medvae.train.moments import RELEASES
 from medvae.train.rule import resolve
 
 RNG = np.random.default_rng
@@ -103,6 +102,28 @@ def test_exact_likelihood_is_the_multivariate_normals() -> None:
         assert abs(found[i] - exact) < 1e-3 * abs(exact)
 
 
+def test_mixture_likelihood_is_the_mixture_of_multivariate_normals() -> None:
+    scans = phantom_scans(2, 3, 0, 16)
+    rng, basis, box = RNG(3), (5, 4), (3, 2)
+    part = {
+        "mean_map": rng.normal(0, 0.2, (3, 3, *basis)).astype(np.float32),
+        "spectrum": np.tile(0.5 * np.eye(3, dtype=np.float32), (12, 1, 1)),
+        "mixture.weights": np.asarray([[0.3, 0.7], [0.6, 0.4]], dtype=np.float32),
+        "mixture.means": rng.normal(0, 0.5, (2, 2, 18)).astype(np.float32),
+        "mixture.factors": rng.normal(0, 0.5, (2, 2, 4, 18)).astype(np.float32),
+    }
+    seen = linear_scores.of_scans(scans, basis)
+    found = linear_scores.mixture_likelihood(part, seen, basis, box)
+    for i in range(len(scans)):
+        mean = np.tensordot(seen.design[i], part["mean_map"], axes=1)
+        rest = (seen.low[i].reshape(3, *basis) - mean)[:, :3, :2].ravel()
+        cell = int(scans.condition[i, :2].argmax())
+        w, mu, f = (part[f"mixture.{k}"][cell].astype(float) for k in ("weights", "means", "factors"))
+        noise = (0.5 + linear_scores.FLOOR**2) * np.eye(18)
+        exact = np.log(sum(w[j] * multivariate_normal.pdf(rest, mu[j], f[j].T @ f[j] + noise) for j in range(2)))
+        assert abs(found[i] - exact) < 1e-4 * max(1, abs(exact))
+
+
 def attacked(noise: float, targets: int) -> tuple[list[float], Pool]:
     """AUC of the primary attack on several closed-form targets of 24 people, and the pool."""
     scans = phantom_scans(2, 64, 3, 16)
@@ -111,7 +132,9 @@ def attacked(noise: float, targets: int) -> tuple[list[float], Pool]:
         chosen = RNG(seed).permutation(64)
         pool = make_pool(scans.of(chosen[:32]), scans.of(chosen[32:]), 64, RNG(0))
         recipe = resolve(Recipe(), 32, scans.space)
-        trainer = prepare(pool, linear_scores.cosines(pool.scans.x), recipe, dict.fromkeys(RELEASES, noise), 0)
+        trainer = prepare(
+            pool, linear_scores.cosines(pool.scans.x), recipe, dict.fromkeys(moment_shapes(recipe).releases, noise), 0
+        )
         shadows = run_shadows(trainer, splits(np.zeros(64, dtype=int), 0.5, 8, seed), None)
         target = trainer.fit(10_000 + seed, np.flatnonzero(pool.member))
         found = family(pool, trainer.full.x, recipe, target, shadows, None, 0)
@@ -131,9 +154,11 @@ def test_too_few_shadows_give_no_attack_and_a_word() -> None:
     scans = phantom_scans(2, 32, 3, 16)
     pool = make_pool(scans.of(np.arange(16)), scans.of(np.arange(16, 32)), 64, RNG(0))
     recipe = resolve(Recipe(), 16, scans.space)
-    trainer = prepare(pool, linear_scores.cosines(scans.x), recipe, dict.fromkeys(RELEASES, 1.0), 0)
+    trainer = prepare(
+        pool, linear_scores.cosines(scans.x), recipe, dict.fromkeys(moment_shapes(recipe).releases, 1.0), 0
+    )
     shadows = run_shadows(trainer, splits(np.zeros(32, dtype=int), 0.5, 2, 0), None)
-    target = {LINEAR + n: shadows.arrays[0][LINEAR + n] for n in linear_scores.NAMES}
+    target = shadows.arrays[0]
     found = family(pool, trainer.full.x, recipe, target, shadows, None, 0)
     assert not found.attacks
     assert found.words == "needs 4 shadow models, there are 2"

@@ -15,16 +15,15 @@ import pytest
 import torch
 from audit_world import phantom_scans, recipe, space_of
 
-from medvae.audit import linear_scores
 from medvae.audit.attacks import make_pool
 from medvae.audit.deep_attack import shadow_models, trainer_of
-from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form
+from medvae.audit.shadow_recipe import LINEAR, ClosedForm, InMemory, closed_form, moment_shapes
 from medvae.audit.shadows import Bools, run_shadows, splits
 from medvae.audit.stacked import Batches, Schedule, Stack, take_step
-from medvae.config import MomentsConfig, Recipe
+from medvae.config import MixtureConfig, Recipe
 from medvae.errors import ConfigError
 from medvae.nets.build import build_model
-from medvae.train.moments import RELEASES, MomentShapes, fit_moments
+from medvae.train.moments import fit_moments
 from medvae.train.rule import resolve
 from medvae.types import Batch
 
@@ -83,32 +82,28 @@ def test_stacked_noise_has_the_planned_size() -> None:
     assert abs(float(drawn.std()) / (3.0 * 0.5 / 4.0) - 1) < 0.03
 
 
-def test_closed_form_shadows_are_fits_of_the_product() -> None:
+@pytest.mark.parametrize("mixture", [False, True])
+def test_closed_form_shadows_are_fits_of_the_product(mixture: bool) -> None:
     """On coefficients as on images: the same linear part, from the same noise."""
     from medvae.dp.noise import seeded_noise
 
     scans = phantom_scans(2, 20, 0, 16)
-    resolved = resolve(Recipe(moments=MomentsConfig(enabled=True)), 20, scans.space)
-    noise = dict.fromkeys(RELEASES, 2.0)
+    resolved = resolve(Recipe(mixture=MixtureConfig(enabled=mixture, box=(3, 3), components=2)), 20, scans.space)
+    shapes = moment_shapes(resolved)
+    assert (shapes.mixture is not None) == mixture
+    noise = dict.fromkeys(shapes.releases, 2.0)
     trainer = closed_form(scans, resolved, noise, 5)
     found = trainer.fit(3, np.arange(10))
-    m = resolved.moments
-    assert m.basis_shape
-    assert m.coarse_shape
-    assert m.spectrum_weight
-    assert resolved.model.latent_dim
-    images = trainer.full.__class__(scans.x, scans.condition, trainer.full.patient, scans.space)
-    shapes = MomentShapes(m.basis_shape, m.coarse_shape, resolved.model.latent_dim, m.spectrum_weight)
+    images = InMemory(scans.x, scans.condition, trainer.full.patient, scans.space)
     expected = fit_moments(images, np.arange(10), noise, shapes, noise=seeded_noise(5 * 1_000_003 + 3))
     for name, tensor in expected.state_dict().items():
         np.testing.assert_allclose(found[LINEAR + name], tensor.numpy(), rtol=1e-3, atol=2e-4)
-    again = linear_scores.of_scans(scans, m.basis_shape)
-    assert again.low.shape[2] == int(np.prod(m.basis_shape))
 
 
 def small_closed_form() -> ClosedForm:
     scans = phantom_scans(2, 20, 0, 16)
-    return closed_form(scans, resolve(Recipe(), 20, scans.space), dict.fromkeys(RELEASES, 2.0), 5)
+    recipe = resolve(Recipe(), 20, scans.space)
+    return closed_form(scans, recipe, dict.fromkeys(moment_shapes(recipe).releases, 2.0), 5)
 
 
 def counting(folder: Path, slow: float = 0.0) -> Any:
