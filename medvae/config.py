@@ -89,7 +89,7 @@ class SamplingConfig(Frozen):
 
 
 class DpSgdConfig(Frozen):
-    """DP-SGD by patient. With `enabled` left open the rule decides: from a few hundred patients on."""
+    """DP-SGD by patient. With `enabled` left open the rule decides: for many patients without a mixture."""
 
     enabled: bool | None = None
     steps: Count | None = None
