@@ -25,7 +25,7 @@ class Stop(Exception):
     pass
 
 
-def config(count: int = 60, **changes: object) -> TrainConfig:
+def config(count: int = 24, **changes: object) -> TrainConfig:
     base = small_config(**changes)
     canaries = base.recipe.canaries.model_copy(update={"count": max(count, 1), "enabled": count > 0})
     return base.model_copy(update={"recipe": base.recipe.model_copy(update={"canaries": canaries})})
@@ -40,7 +40,7 @@ def mechanisms(run: Path) -> list[Mechanism]:
 
 
 def test_a_run_opens_its_coins_and_anyone_can_judge_them(cohort: Path, tmp_path: Path) -> None:
-    claim = train(cohort, tmp_path / "run", config(noise_source="os_entropy"))
+    claim = train(cohort, tmp_path / "run", config(60, noise_source="os_entropy"))
     found = document(tmp_path / "run")
     assert problem("canary", found) is None
     assert found["receipt_digest"] == claim["receipt"]["digest"]
