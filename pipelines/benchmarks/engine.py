@@ -35,7 +35,7 @@ from step import make_space
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from medvae.config import Recipe
+from medvae.config import DpSgdConfig, Recipe
 from medvae.nets.build import build_model
 from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
@@ -111,7 +111,7 @@ def kl(shape: tuple[int, ...], widths: tuple[int, ...], batch: int, *, attention
 def recipe(shape: tuple[int, ...], masks: tuple[int, ...], patients: int, batch: int) -> tuple[nn.Module, Inputs]:
     """Return the model that the default recipe gives a hospital with so many patients."""
     space = make_space(shape, masks)
-    model = build_model(space, resolve(Recipe(), patients, space))
+    model = build_model(space, resolve(Recipe(dpsgd=DpSgdConfig(enabled=True)), patients, space))
     with torch.no_grad():
         for parameter in model.parameters():  # off the start, where some gradients are zero
             parameter.add_(0.02 * torch.randn(parameter.shape))

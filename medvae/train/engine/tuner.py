@@ -17,7 +17,7 @@ from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCa
 TURNS, SHARE_SECONDS = 7, 0.1
 FILE = "strategies.json"
 # For fewer patients a loop over them is never far from the best, and every convolution tried leaves compiled code.
-FEW = 5
+FEW = 3
 
 
 class Tuner:
