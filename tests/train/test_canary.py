@@ -1,4 +1,5 @@
-"""Canaries in a training: nothing changes for the model, coins outlive a crash, and nothing of a patient is published."""
+"""Canaries in a training: nothing changes for the model, coins outlive a crash, and nothing of a patient is
+published."""
 
 from __future__ import annotations
 
