@@ -178,8 +178,8 @@ def test_clips_come_from_constants_where_a_histogram_would_be_all_noise():
         return make_plan(patients, SPACE, build(TrainConfig, dp_epsilon=epsilon))
 
     few, many = plan(100, 1), plan(100, 8)
-    assert off.privacy.epsilon == pytest.approx(8, rel=0.01)
-    assert on.privacy.epsilon == pytest.approx(8, rel=0.01)
+    assert few.recipe.moments.public_clips is True
+    assert many.recipe.moments.public_clips is False
     assert {m.name for m in few.privacy.mechanisms} == {"centre", "means", "second"}
     # What the histograms would have cost goes to the others: all of epsilon is used.
     assert few.privacy.epsilon == pytest.approx(1, rel=0.01)
@@ -191,5 +191,5 @@ def test_public_clips_bound_a_patient_as_the_histograms_do():
     source.x = source.x * np.float32(1e4)
     part = fitted(source, shapes, 1.0)
     assert shapes.releases == ("centre", "means", "second", *release_names(2, 4))
-    assert few.recipe.moments.public_clips is True
-    assert many.recipe.moments.public_clips is False
+    assert torch.isfinite(part.mean_map).all()
+    assert torch.isfinite(part.mixture.means).all()
