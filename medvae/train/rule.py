@@ -50,6 +50,11 @@ def _model(config: ModelConfig, patients: int, space: ImageSpace) -> ModelConfig
     return config.model_copy(update={"latent_dim": latent, "channels": channels})
 
 
+def _basis(config: MomentsConfig, space: ImageSpace) -> tuple[int, ...]:
+    fraction, most = (0.45, 32) if space.spatial_dims == 2 else (0.22, 12)
+    return config.basis_shape or tuple(min(n, most, max(2, math.ceil(n * fraction))) for n in space.spatial_shape)
+
+
 def _moments(
     config: MomentsConfig, patients: int, space: ImageSpace, noise: float | None, *, sgd: bool
 ) -> MomentsConfig:
@@ -62,13 +67,13 @@ def _moments(
     share = config.share
     if share is None:
         share = 1 - _between(patients, SGD_SHARE_SMALL, SGD_SHARE_LARGE) if sgd else 1.0
-    fraction, most = (0.45, 32) if space.spatial_dims == 2 else (0.22, 12)
-    basis = config.basis_shape or tuple(min(n, most, max(2, math.ceil(n * fraction))) for n in space.spatial_shape)
+    basis = _basis(config, space)
     size = min(256.0, max(12.0, 2 * math.sqrt(patients))) / space.channels
     side = max(2, math.floor(size ** (1 / space.spatial_dims)))
     coarse = config.coarse_shape or tuple(min(side, k) for k in basis)
     weight = config.spectrum_weight or round(_between(patients, SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE), 3)
-    _check_shapes(basis, coarse, space.spatial_shape)
+    _check_shape("moments.basis_shape", basis, space.spatial_shape, "image")
+    _check_shape("moments.coarse_shape", coarse, basis, "basis")
     return config.model_copy(
         update={
             "share": share,
@@ -80,15 +85,16 @@ def _moments(
     )
 
 
-def _check_shapes(basis: tuple[int, ...], coarse: tuple[int, ...], image: tuple[int, ...]) -> None:
-    """Raise ConfigError for shapes that do not fit: it would show after the ledger was charged."""
-    for name, shape, limit, of in (("basis_shape", basis, image, "image"), ("coarse_shape", coarse, basis, "basis")):
-        if len(shape) != len(limit) or any(n > most for n, most in zip(shape, limit, strict=True)):
-            words = " x ".join(map(str, limit))
-            raise ConfigError(f"moments.{name} is {list(shape)}: give {len(limit)} numbers up to the {of}'s {words}")
+def _check_shape(name: str, shape: tuple[int, ...], limit: tuple[int, ...], of: str) -> None:
+    """Raise ConfigError for a shape that does not fit: it would show after the ledger was charged."""
+    if len(shape) != len(limit) or any(n > most for n, most in zip(shape, limit, strict=True)):
+        words = " x ".join(map(str, limit))
+        raise ConfigError(f"{name} is {list(shape)}: give {len(limit)} numbers up to the {of}'s {words}")
 
 
-def _mixture(config: MixtureConfig, patients: int, space: ImageSpace, noise: float) -> MixtureConfig:
+def _mixture(
+    config: MixtureConfig, patients: int, space: ImageSpace, basis: tuple[int, ...], noise: float
+) -> MixtureConfig:
     """Choose the mixture, or none: an eigenvalue of a component must show above its noise, 2 sigma sqrt(D / 2) / n."""
     if config.enabled is False:
         return config
@@ -98,7 +104,8 @@ def _mixture(config: MixtureConfig, patients: int, space: ImageSpace, noise: flo
     room = MIXTURE_EDGE * mine * math.sqrt(share / 2) / noise if noise > 0 else math.inf
     most = min(MIXTURE_MOST, room**2) / space.channels
     side = math.floor(most ** (1 / space.spatial_dims) + 1e-9)
-    box = config.box or tuple(min(side, n) for n in space.spatial_shape)
+    box = config.box or tuple(min(max(1, side), n) for n in basis)
+    _check_shape("mixture.box", box, basis, "basis")
     size = space.channels * math.prod(box)
     if config.enabled is None and size < MIXTURE_SIZE:
         return config.model_copy(update={"enabled": False})
@@ -132,15 +139,12 @@ def resolve(recipe: Recipe, patients: int, space: ImageSpace, noise: float | Non
     mixture = recipe.mixture
     open_to_choice = recipe.moments.enabled and noise is not None and recipe.dpsgd.enabled is not True
     if mixture.enabled or (mixture.enabled is None and open_to_choice):
-        mixture = _mixture(mixture, patients, space, 1.0 if noise is None else noise)
+        basis = _basis(recipe.moments, space)
+        mixture = _mixture(mixture, patients, space, basis, 1.0 if noise is None else noise)
     else:
         mixture = mixture.model_copy(update={"enabled": False})
     dpsgd = _dpsgd(recipe.dpsgd, patients, space, moments=recipe.moments.enabled, mixture=mixture.enabled is True)
     moments = _moments(recipe.moments, patients, space, noise, sgd=dpsgd.enabled is True)
-    if mixture.enabled and moments.basis_shape is not None and mixture.box is not None:
-        mixture = mixture.model_copy(
-            update={"box": tuple(min(k, b) for k, b in zip(mixture.box, moments.basis_shape, strict=True))}
-        )
     return recipe.model_copy(
         update={"model": _model(recipe.model, patients, space), "moments": moments, "mixture": mixture, "dpsgd": dpsgd}
     )

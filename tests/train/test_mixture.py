@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from medvae.config import Recipe, TrainConfig, build
 from medvae.dp.noise import seeded_noise
+from medvae.errors import ConfigError
 from medvae.nets.linear import LinearPart, cosine_matrix
 from medvae.nets.mixture import MixturePart, MixtureShapes, cell_count, cell_of
 from medvae.train import mixture, moments
@@ -193,3 +194,17 @@ def test_public_clips_bound_a_patient_as_the_histograms_do():
     assert shapes.releases == ("centre", "means", "second", *release_names(2, 4))
     assert torch.isfinite(part.mean_map).all()
     assert torch.isfinite(part.mixture.means).all()
+
+
+@pytest.mark.parametrize("box", [(4,), (4, 400), (4, 4, 4)])
+def test_a_box_that_does_not_fit_is_refused_in_a_sentence(box):
+    recipe = build(Recipe, mixture={"enabled": True, "box": box})
+    with pytest.raises(ConfigError, match=r"mixture\.box is"):
+        make_plan(5_000, SPACE, build(TrainConfig, dp_epsilon=8, recipe=recipe))
+
+
+def test_a_mixture_asked_for_with_hardly_any_patients_is_as_small_as_can_be():
+    recipe = build(Recipe, mixture={"enabled": True})
+    plan = make_plan(12, SPACE, build(TrainConfig, dp_epsilon=0.5, recipe=recipe))
+    assert plan.recipe.mixture.box == (1, 1)
+    assert plan.recipe.mixture.components == 1

@@ -122,8 +122,17 @@ def resident_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that was in use so far; the unit of getrusage(2) differs by system."""
+    """Return the most memory that was in use so far.
+
+    Linux keeps it by address space in /proc; getrusage(2) there counts what a parent held before the program began.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = [
+            x for x in status.read_text(encoding="ascii", errors="replace").splitlines() if x.startswith("VmHWM")
+        ]
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
