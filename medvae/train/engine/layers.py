@@ -196,8 +196,10 @@ def _group_norm(module: nn.GroupNorm, x: Tensor, _desk: Desk, book: Book) -> Ten
     )
 
     def write(x: Tensor, gradient: Tensor) -> None:
-        by_bias = gradient.float().flatten(2).sum(2)
-        product = (gradient.float() * x.float()).flatten(2).sum(2)
+        # (B, places, C) is a view of what lies in memory; flattened the other way round it would be copied.
+        values, outward = (t.movedim(1, -1).reshape(batch, places, channels) for t in (x, gradient))
+        by_bias = outward.sum(1, dtype=torch.float32)
+        product = outward.to(torch.float32, copy=True).mul_(values).sum(1)
         means, scales = (t.float().repeat_interleave(channels // module.num_groups, 1) for t in (mean, scale))
         if weight.requires_grad:
             book.keep_scans(weight, (product - by_bias * means) * scales)
