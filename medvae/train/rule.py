@@ -14,9 +14,9 @@ from medvae.train.mixture import release_names
 from medvae.train.moments import CLIP_RELEASES
 from medvae.types import ImageSpace
 
-# On fewer patients the noise is longer than any signal (planning.cohort_warnings); where a mixture can be had it was as
+# On few patients the noise is longer than any signal (planning.cohort_warnings); on some thousands the closed form was as
 # good or better wherever both were measured, at a hundredth of the time: docs/quality.md.
-DPSGD_FROM = 2_000
+DPSGD_FROM = 10_000
 # At SMALL patients the closed form gets nearly all of the budget; from LARGE on both get half.
 SMALL, LARGE = 100, 10_000
 SGD_SHARE_SMALL, SGD_SHARE_LARGE = 0.15, 0.5
@@ -33,7 +33,7 @@ CLUSTER_SHARE = 0.12
 # Eigenvalues of a component's covariance are seen down to this share of the squared clip: finer, and noise shows.
 MIXTURE_EDGE = 0.016
 # Coefficients a mixture covers, at least (fewer say less than the pooled directions do) and at most; components a cell.
-MIXTURE_SIZE, MIXTURE_MOST, COMPONENTS_MOST = 25, 144, 10
+MIXTURE_SIZE, MIXTURE_MOST, COMPONENTS_MOST = 36, 144, 10
 
 
 def _between(patients: int, small: float, large: float) -> float:
