@@ -14,8 +14,8 @@ from medvae.train.mixture import release_names
 from medvae.train.moments import CLIP_RELEASES
 from medvae.types import ImageSpace
 
-# On few patients the noise is longer than any signal (planning.cohort_warnings); on some thousands the closed form was as
-# good or better wherever both were measured, at a hundredth of the time: docs/quality.md.
+# On few patients the noise is longer than any signal (planning.cohort_warnings); on some thousands the closed form does
+# as well, at a hundredth of the time: docs/quality.md.
 DPSGD_FROM = 10_000
 # At SMALL patients the closed form gets nearly all of the budget; from LARGE on both get half.
 SMALL, LARGE = 100, 10_000
