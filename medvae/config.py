@@ -46,8 +46,25 @@ class IngestConfig(Frozen):
         return value
 
 
+class FieldConfig(Frozen):
+    """The Gaussian random field over a spatial latent: codes a cell, and the correlation of neighbours.
+
+    range and variance hold at the start, and for good unless `learned`; the range counts cells of the latent grid.
+    """
+
+    channels: Count = 4
+    correlation: Literal["identity", "exponential", "matern32", "gaussian"] = "exponential"
+    range: Positive = 1.5
+    variance: Positive = 1.0
+    learned: bool = False
+
+
 class ModelConfig(Frozen):
-    """The conditional VAE."""
+    """The conditional VAE and its variants; docs/family.md says what each is known for.
+
+    schedule: of beta over DP-SGD's steps, "anneal" from 0 (Bowman et al. 2016) or "capacity", beta |KL - C| with C
+    rising to `capacity` nats (Burgess et al. 2017). adversary: weight of a critic (VAE-GAN), 0 for none.
+    """
 
     latent_dim: Count | None = None
     channels: tuple[Count, ...] | None = None
@@ -57,6 +74,13 @@ class ModelConfig(Frozen):
     beta: Positive = 1.0
     scale: Positive = 0.1
     mask_weight: Positive = 1.0
+    schedule: Literal["constant", "anneal", "capacity"] = "constant"
+    capacity: Positive = 25.0
+    attention: bool = False
+    class_decoders: bool = False
+    latent: Literal["vector", "field"] = "vector"
+    field: FieldConfig = FieldConfig()
+    adversary: Annotated[float, Field(ge=0)] = 0.0
 
 
 class MomentsConfig(Frozen):
@@ -110,6 +134,46 @@ class DpSgdConfig(Frozen):
         return self
 
 
+class PretrainingConfig(Frozen):
+    """What encoder and decoder see before DP-SGD: nothing, made-up shapes, or the scans of `--public COHORT`.
+
+    None of it is private, so it costs no epsilon.
+    """
+
+    source: Literal["none", "procedural", "public"] = "none"
+    steps: Count = 400
+    batch: Count = 64
+    learning_rate: Positive = 1e-3
+
+
+class PriorConfig(Frozen):
+    """Where a trained VAE's codes come from: its own Gaussian (none), or a prior fitted to the patients' codes.
+
+    gaussian and mixture are one release of noisy moments by class; flow is trained by DP-SGD. share: of the budget.
+    """
+
+    kind: Literal["none", "gaussian", "mixture", "flow"] = "none"
+    share: Share = 0.1
+    components: Count = 4
+    lloyd_steps: Count = 3
+    steps: Count = 200
+    learning_rate: Positive = 3e-3
+    layers: Count = 4
+    hidden: Count = 32
+
+
+class TeacherConfig(Frozen):
+    """A classifier trained by DP-SGD on the real scans, which drops or renames samples that it reads otherwise."""
+
+    enabled: bool = False
+    share: Share = 0.1
+    use: Literal["filter", "label"] = "filter"
+    features: Literal["learned", "fixed"] = "fixed"
+    channels: Count = 16
+    steps: Count = 150
+    learning_rate: Positive = 1e-2
+
+
 class CanaryConfig(Frozen):
     """The one-run audit: made-up patients on coordinates of their own, in every private training."""
 
@@ -124,7 +188,10 @@ class Recipe(Frozen):
     model: ModelConfig = ModelConfig()
     moments: MomentsConfig = MomentsConfig()
     mixture: MixtureConfig = MixtureConfig()
+    pretraining: PretrainingConfig = PretrainingConfig()
     dpsgd: DpSgdConfig = DpSgdConfig()
+    prior: PriorConfig = PriorConfig()
+    teacher: TeacherConfig = TeacherConfig()
     canaries: CanaryConfig = CanaryConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -132,9 +199,20 @@ class Recipe(Frozen):
     def _some_stage(self) -> Recipe:
         if self.mixture.enabled and not self.moments.enabled:
             raise ValueError("mixture is a part of the closed form: enable moments too")
+        if self.model.latent == "field" and self.moments.enabled:
+            raise ValueError("a field latent has no closed form to start from: set moments.enabled to false")
         if not self.moments.enabled and self.dpsgd.enabled is False:
             raise ValueError("every stage is switched off: enable moments or dpsgd")
+        if self.dpsgd.enabled is False and self.deep:
+            raise ValueError(f"{self.deep} belongs to the network that DP-SGD trains: enable dpsgd, or leave it out")
         return self
+
+    @property
+    def deep(self) -> str:
+        """The first stage that asks for a network trained by DP-SGD, or nothing."""
+        if self.pretraining.source != "none":
+            return "pretraining"
+        return "prior" if self.prior.kind != "none" else ""
 
 
 class TrainConfig(Frozen):

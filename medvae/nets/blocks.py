@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from monai.networks.blocks import Convolution, ResidualUnit
 from torch import Tensor, nn
 from torch.nn import functional
+
+from medvae.nets.attention import SpatialAttention
 
 
 def level_sizes(spatial_shape: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
@@ -50,10 +53,17 @@ class FiLM(nn.Module):
 
 
 class Encoder(nn.Module):
-    """x (B, C, *spatial) to (B, features): one strided unit a level."""
+    """x (B, C, *spatial) to features: one strided unit a level, and attention at the last where it is asked for."""
 
     def __init__(
-        self, channels: int, spatial_shape: tuple[int, ...], widths: tuple[int, ...], *, units: int, groups: int
+        self,
+        channels: int,
+        spatial_shape: tuple[int, ...],
+        widths: tuple[int, ...],
+        *,
+        units: int,
+        groups: int,
+        attention: bool = False,
     ) -> None:
         super().__init__()
         dims = len(spatial_shape)
@@ -61,17 +71,25 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(
             _unit(dims, a, b, strides=2, units=units, groups=groups) for a, b in zip(inside, widths, strict=True)
         )
+        self.attention = SpatialAttention(widths[-1], groups) if attention else None
         self.features = widths[-1] * math.prod(level_sizes(spatial_shape, len(widths))[-1])
+
+    def maps(self, x: Tensor) -> Tensor:
+        """Return the last level's feature maps (B, widths[-1], *coarsest)."""
+        for level in self.levels:
+            x = level(x)
+        return x if self.attention is None else torch.as_tensor(self.attention(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features of shape (B, self.features)."""
-        for level in self.levels:
-            x = level(x)
-        return x.flatten(1)
+        return self.maps(x).flatten(1)
 
 
 class Decoder(nn.Module):
-    """z (B, d) and condition (B, K) to (B, C, *spatial): linear, then nearest upsampling, unit and FiLM a level."""
+    """z and condition (B, K) to (B, C, *spatial): linear, then nearest upsampling, unit and FiLM a level.
+
+    z is a vector of codes (B, d) or, with `field`, a grid of them at the coarsest level, flattened.
+    """
 
     def __init__(
         self,
@@ -83,11 +101,20 @@ class Decoder(nn.Module):
         *,
         units: int,
         groups: int,
+        attention: bool = False,
+        field: bool = False,
     ) -> None:
         super().__init__()
         dims = len(spatial_shape)
         self.sizes = level_sizes(spatial_shape, len(widths))[::-1]
-        self.first = nn.Linear(latent_dim, widths[-1] * math.prod(self.sizes[0]))
+        cells = math.prod(self.sizes[0])
+        self.field_channels = latent_dim // cells if field else 0
+        self.first: nn.Module = (
+            Convolution(dims, self.field_channels, widths[-1], kernel_size=1, conv_only=True)
+            if field
+            else nn.Linear(latent_dim, widths[-1] * cells)
+        )
+        self.attention = SpatialAttention(widths[-1], groups) if attention else None
         outside = (*widths[::-1][1:], widths[0])
         self.levels = nn.ModuleList(
             _unit(dims, a, b, strides=1, units=units, groups=groups) for a, b in zip(widths[::-1], outside, strict=True)
@@ -97,9 +124,40 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Return an array of shape (B, C, *spatial), unbounded."""
+        if self.field_channels:
+            z = z.view(len(z), self.field_channels, *self.sizes[0])
         h = self.first(z).view(len(z), -1, *self.sizes[0])
+        if self.attention is not None:
+            h = self.attention(h)
         for index, level in enumerate(self.levels):
             h = level(functional.interpolate(h, size=self.sizes[index + 1], mode="nearest"))
             if self.films is not None:
                 h = self.films[index](h, condition)
         return torch.as_tensor(self.last(h))
+
+    def final_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the last layer: where they are zero, the decoder adds nothing."""
+        return list(self.last.parameters())
+
+
+class ClassDecoders(nn.Module):
+    """One decoder a class, picked by the label: a rare class is not drowned by the common ones in shared weights.
+
+    Every decoder runs on every scan and the label picks: a scan's gradient is zero in the others', and a patient's
+    gradient over all of them is clipped together, so the sensitivity is that of one model.
+    """
+
+    def __init__(self, decoders: list[Decoder], first_column: int) -> None:
+        super().__init__()
+        self.decoders: Iterable[Decoder] = nn.ModuleList(decoders)  # type: ignore[assignment]
+        self.first_column = first_column
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return an array of shape (B, C, *spatial), unbounded; condition (B, K) holds the label one-hot."""
+        every = torch.stack([decoder(z, condition) for decoder in self.decoders], dim=1)
+        label = condition[:, self.first_column : self.first_column + every.shape[1]]
+        return torch.einsum("bk,bk...->b...", label, every)
+
+    def final_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all last layers."""
+        return [p for decoder in self.decoders for p in decoder.final_parameters()]

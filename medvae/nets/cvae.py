@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 from medvae.config import ModelConfig
 from medvae.errors import ConfigError
-from medvae.nets.blocks import Decoder, Encoder
+from medvae.nets.adversary import Critic
+from medvae.nets.blocks import ClassDecoders, Decoder, Encoder, level_sizes
 from medvae.nets.likelihood import LIKELIHOODS, bernoulli
 from medvae.nets.linear import LinearPart
-from medvae.types import ImageSpace
+from medvae.nets.prior import FieldPrior, NormalPrior
+from medvae.types import Condition, ImageSpace
 
 # Posterior variance of a code before training, and the bounds that keep its logarithm tame under noise.
 INITIAL_LOG_VARIANCE = -2.0
 LOG_VARIANCE_BOUNDS = (-8.0, 2.0)
+# Share of training after which an annealed beta has its full size.
+ANNEALED = 0.5
 # Probabilities of the linear part are kept this far from 0 and 1, where a logit has no bound.
 PROBABILITY_MARGIN = 0.01
 
@@ -39,6 +43,7 @@ class ConditionalVAE(nn.Module):
     """
 
     log_scale: Tensor
+    progress: Tensor
 
     def __init__(self, space: ImageSpace, config: ModelConfig, linear: LinearPart | None = None) -> None:
         """Build the network; `config` must be resolved (no None left), see train/rule.py."""
@@ -49,45 +54,75 @@ class ConditionalVAE(nn.Module):
         self.config = config
         self.latent_dim = config.latent_dim
         self.linear = linear
-        options = {"units": config.residual_units, "groups": config.norm_groups}
-        self.encoder = Encoder(space.channels, space.spatial_shape, config.channels, **options)
-        self.posterior = nn.Linear(self.encoder.features, 2 * self.latent_dim)
-        self.decoder = Decoder(
-            self.latent_dim, space.condition_width, space.channels, space.spatial_shape, config.channels, **options
-        )
-        self.prior = nn.Linear(max(1, space.condition_width), self.latent_dim, bias=False)
+        # How much of DP-SGD is done, 0 to 1, for what is scheduled. Not a weight: it is no part of a release.
+        self.register_buffer("progress", torch.ones(()), persistent=False)
+        units, groups, field = config.residual_units, config.norm_groups, config.latent == "field"
+        shape, widths = space.spatial_shape, config.channels
+        self.encoder = Encoder(space.channels, shape, widths, units=units, groups=groups, attention=config.attention)
+        grid = level_sizes(shape, len(widths))[-1]
+        self.posterior: nn.Linear | nn.Conv2d | nn.Conv3d
+        self.prior: NormalPrior | FieldPrior
+        if field:
+            convolution = nn.Conv2d if space.spatial_dims == 2 else nn.Conv3d
+            self.posterior = convolution(widths[-1], 2 * config.field.channels, kernel_size=1)
+            self.prior = FieldPrior(space.condition_width, grid, config.field)
+        else:
+            self.posterior = nn.Linear(self.encoder.features, 2 * self.latent_dim)
+            self.prior = NormalPrior(space.condition_width, self.latent_dim)
+
+        def decoder() -> Decoder:
+            looks = {"attention": config.attention, "field": field}
+            return Decoder(
+                self.latent_dim,
+                space.condition_width,
+                space.channels,
+                shape,
+                widths,
+                units=units,
+                groups=groups,
+                **looks,
+            )
+
+        self.decoder: Decoder | ClassDecoders = decoder()
+        if config.class_decoders:
+            first, classes = label_columns(space.conditions)
+            self.decoder = ClassDecoders([decoder() for _ in range(classes)], first)
+        self.critic = None
+        if config.adversary:
+            self.critic = Critic(space.channels, shape, widths, units=units, groups=groups)
         self.register_buffer("log_scale", torch.tensor(math.log(config.scale)))
         self._initialise()
 
     def _initialise(self) -> None:
         with torch.no_grad():
-            self.posterior.bias.zero_()
-            self.posterior.bias[self.latent_dim :] = INITIAL_LOG_VARIANCE
+            half = len(self.posterior.weight) // 2
+            bias = torch.as_tensor(self.posterior.bias)
+            bias[:half], bias[half:] = 0.0, INITIAL_LOG_VARIANCE
             if self.linear is None:
                 # Distinct prior means from the start: else the code carries the class and the label is ignored.
-                nn.init.normal_(self.prior.weight, std=0.5)
+                nn.init.normal_(self.prior.condition.weight, std=0.5)
                 return
-            nn.init.zeros_(self.prior.weight)
+            nn.init.zeros_(self.prior.condition.weight)
             nn.init.zeros_(self.posterior.weight)
-            for parameter in self.decoder.last.parameters():
+            for parameter in self.decoder.final_parameters():
                 nn.init.zeros_(parameter)
 
     def encode(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance, each (B, d), of q(z | x, c)."""
-        mean, log_variance = self.posterior(self.encoder(x)).chunk(2, dim=1)
+        maps = self.encoder.maps(x)
+        flat = maps.flatten(1) if isinstance(self.posterior, nn.Linear) else maps
+        mean, log_variance = (half.flatten(1) for half in self.posterior(flat).chunk(2, dim=1))
         if self.linear is not None:
             mean = mean + self.linear.encode(x, condition)
         return mean, log_variance.clamp(*LOG_VARIANCE_BOUNDS)
 
     def prior_mean(self, condition: Tensor) -> Tensor:
-        """Return the mean (B, d) of p(z | c) = N(mean, I)."""
-        if condition.shape[1] == 0:
-            return torch.zeros(len(condition), self.latent_dim, device=condition.device)
-        return torch.as_tensor(self.prior(condition))
+        """Return the mean (B, d) of p(z | c)."""
+        return self.prior.mean(condition)
 
     def prior_sample(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Return codes (B, d) of the prior from standard normal `noise` (B, d)."""
-        return self.prior_mean(condition) + noise
+        return self.prior.sample(condition, noise)
 
     def draw(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         """Return one image and its mask probabilities (B, C, *spatial) a row of conditions: the mean of p(x | z, c).
@@ -99,7 +134,7 @@ class ConditionalVAE(nn.Module):
             noise = torch.randn(len(condition), self.latent_dim, generator=generator)
             return self.decode(self.prior_sample(condition, noise), condition)
         drawn = self.linear.draw(condition, generator)
-        if any(bool(p.any()) for p in self.decoder.last.parameters()):
+        if any(bool(p.any()) for p in self.decoder.final_parameters()):
             return self.decode(self.linear.codes(drawn), condition)
         return self.linear.expand(self.linear.mean_coefficients(condition) + drawn).clamp(0, 1)
 
@@ -127,26 +162,52 @@ class ConditionalVAE(nn.Module):
             nats = nats + self.config.mask_weight * bernoulli(x[:, 1:], mask, self.log_scale).flatten(1).sum(1)
         return nats
 
-    def elbo(self, x: Tensor, condition: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Return per-sample "loss", "reconstruction" and "kl" in nats, each (B,); loss = reconstruction + beta kl.
+    def _divergence(self, kl: Tensor) -> Tensor:
+        """Return what the KL term (B,) adds to the loss where training stands: see ModelConfig.schedule."""
+        beta, schedule = self.config.beta, self.config.schedule
+        if schedule == "capacity":
+            return beta * (kl - self.config.capacity * self.progress).abs()
+        return beta * kl * ((self.progress / ANNEALED).clamp(max=1) if schedule == "anneal" else 1.0)
 
-        KL of N(mean, diag exp(log_variance)) from N(prior mean, I), in closed form (Kingma & Welling 2013, app. B).
+    def elbo(self, x: Tensor, condition: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Return per-sample "loss", "reconstruction" and "kl" in nats, each (B,).
+
+        loss = reconstruction + beta kl (Higgins et al. 2017), with beta as scheduled; noise (B, d) standard normal.
         """
         mean, log_variance = self.encode(x, condition)
         z = mean + torch.exp(0.5 * log_variance) * noise
         reconstruction = self.reconstruction(x, z, condition)
-        gap = mean - self.prior_mean(condition)
-        kl = 0.5 * (gap.square() + log_variance.exp() - 1 - log_variance).sum(1)
-        return {"loss": reconstruction + self.config.beta * kl, "reconstruction": reconstruction, "kl": kl}
+        kl = self.prior.kl(mean, log_variance, condition)
+        return {"loss": reconstruction + self._divergence(kl), "reconstruction": reconstruction, "kl": kl}
 
     def log_weight(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
         """Return log p(x, z | c) - log q(z | x, c) at one draw of z, (B,): the weight of Burda et al. (2016)."""
         mean, log_variance = self.encode(x, condition)
         z = mean + torch.exp(0.5 * log_variance) * noise
-        log_prior = -0.5 * (z - self.prior_mean(condition)).square().sum(1)
-        log_posterior = -0.5 * (noise.square() + log_variance).sum(1)
-        return log_prior - log_posterior - self.reconstruction(x, z, condition)
+        log_posterior = -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(1)
+        return self.prior.log_density(z, condition) - log_posterior - self.reconstruction(x, z, condition)
 
     def forward(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
-        """Return the negative ELBO a channel element, (B,): x (B, C, *spatial), condition (B, K), noise (B, d)."""
-        return self.elbo(x, condition, noise)["loss"] / x[0].numel()
+        """Return the loss of each scan, (B,): x (B, C, *spatial), condition (B, K), noise (B, d).
+
+        The negative ELBO a channel element; with a critic, plus `adversary` times its cross-entropy on the scan and on
+        one made for it from the prior with the same noise.
+        """
+        loss = self.elbo(x, condition, noise)["loss"] / x[0].numel()
+        if self.critic is None:
+            return loss
+        made = self.decode(self.prior_sample(condition, noise), condition)
+        return loss + self.config.adversary * self.critic.loss(x, made, 1.0)
+
+
+def label_columns(conditions: tuple[Condition, ...]) -> tuple[int, int]:
+    """Return where the first class condition starts in the encoded vector, and how many classes it has.
+
+    Raises ConfigError where there is none.
+    """
+    start = 0
+    for condition in conditions:
+        if condition.kind == "class":
+            return start, condition.width
+        start += condition.width
+    raise ConfigError("class_decoders needs a condition with classes: ingest with --condition NAME")

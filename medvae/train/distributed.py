@@ -16,7 +16,7 @@ from medvae.config import Recipe, TrainConfig, build
 from medvae.errors import RunError
 from medvae.nets.build import build_model
 from medvae.train.engine.tuner import Tuner
-from medvae.train.loop import make_engine
+from medvae.train.loop import make_engine, progress_of
 from medvae.train.planning import TrainPlan
 from medvae.train.randomness import Randomness
 from medvae.train.sampler import PatientSampler
@@ -78,10 +78,10 @@ def _serve(team: Team, job: Mapping[str, Any]) -> None:
     tuner = Tuner(fixed="loop" if job["repeatable"] else None)
     engine = make_engine(model, plan, model.latent_dim, store.space, settings, tuner, job["memory_gib"])
     sampler = PatientSampler(store, store.patients("train"), plan.sample_rate, settings.scans_per_patient)
-    team.share_weights(list(model.state_dict().values()))
+    team.share_weights([*model.state_dict().values(), *progress_of(model)])
     while (share := team.receive_share(model.latent_dim)) is not None:
         rows, latent = share
         sums, stats = engine.clipped_sum(sampler.load(rows), latent)
         team.add_up(sums)
         team.gather(stats)
-        team.share_weights(engine.parameters)
+        team.share_weights([*engine.parameters, *progress_of(model)])

@@ -96,7 +96,8 @@ def train_dpsgd(
     average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     start = _restore(folder, model, average, optimizer, plan, canaries)
     _keep_log_before(folder / LOG, start)
-    team.share_weights(list(model.state_dict().values()))
+    set_progress(model, start / plan.steps)
+    team.share_weights([*model.state_dict().values(), *progress_of(model)])
 
     with deferred_interrupt() as interrupted, (folder / LOG).open("a", encoding="utf-8") as log:
         for step in range(start, plan.steps):
@@ -112,7 +113,8 @@ def train_dpsgd(
             stats = optimizer.step_on(sampler.load(rows), latent, source)
             if canaries is not None:
                 canaries.observe(sampler.expected_patients)
-            team.share_weights(engine.parameters)
+            set_progress(model, (step + 1) / plan.steps)
+            team.share_weights([*engine.parameters, *progress_of(model)])
             average_weights(average, model, step, config.average_decay)
 
             line = _summary(stats.reveal())
@@ -132,6 +134,17 @@ def train_dpsgd(
 
     team.stop()
     _set_weights(model, average)
+
+
+def progress_of(model: nn.Module) -> list[Tensor]:
+    """Return the number, as a list, by which a model knows how much of training is done; other models have none."""
+    return [b for name, b in model.named_buffers() if name == "progress"]
+
+
+def set_progress(model: nn.Module, share: float) -> None:
+    """Tell a model how much of its steps is done: the same for every scan, and public."""
+    for number in progress_of(model):
+        number.fill_(share)
 
 
 def make_engine(

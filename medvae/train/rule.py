@@ -9,6 +9,7 @@ import math
 
 from medvae.config import DpSgdConfig, MixtureConfig, ModelConfig, MomentsConfig, Recipe
 from medvae.errors import ConfigError
+from medvae.nets.blocks import level_sizes
 from medvae.nets.mixture import cell_count
 from medvae.train.mixture import release_names
 from medvae.train.moments import CLIP_RELEASES
@@ -47,6 +48,8 @@ def _model(config: ModelConfig, patients: int, space: ImageSpace) -> ModelConfig
     wide = space.spatial_dims == 2 and patients >= 2_000
     levels = 2 if min(space.spatial_shape) < 32 else 3
     channels = config.channels or ((16, 32, 32)[:levels] if wide else (8, 16, 16)[:levels])
+    if config.latent == "field":  # so many codes in each cell of the coarsest level
+        latent = config.field.channels * math.prod(level_sizes(space.spatial_shape, len(channels))[-1])
     return config.model_copy(update={"latent_dim": latent, "channels": channels})
 
 
