@@ -22,6 +22,7 @@ from medvae.dp.conformance import ANSWERS, Answer, answers, is_number, noise_int
 from medvae.dp.noise import NoiseSource
 from medvae.dp.onerun import Bools, Floats
 from medvae.dp.tradeoff import miss_bound
+from medvae.dp.walks import WALK_ANSWERS, walk_answers
 from medvae.errors import ConfigError
 from medvae.types import Mechanism
 
@@ -32,6 +33,8 @@ CONFORMANCE_LEVEL = 0.001
 CONFIDENCE = 0.95
 # Power at which the smallest visible fault is stated.
 POWER = 0.9
+
+TORN = "canary.json is torn or was altered: its coins, scores and statistics do not fit together"
 
 Verdict = Literal["PASS", "REFUTED", "NOT_MEASURABLE"]
 
@@ -88,9 +91,19 @@ class Judgement:
         }
 
 
-def register(count: int, mechanisms: Sequence[Mechanism], scans_per_patient: int) -> dict[str, Any]:
-    """Return what is fixed before the first step, beside the coins: the claim, and how it is to be tested."""
+def register(
+    count: int,
+    mechanisms: Sequence[Mechanism],
+    scans_per_patient: int,
+    patterns: int = 0,
+    walks: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Return what is fixed before the first step, beside the coins: the claim, and how it is to be tested.
+
+    patterns, walks: how many patterned patients, and how often they walk the way of each mechanism.
+    """
     return {
+        **({"patterns": {"patients": patterns, "walks": dict(walks or {})}} if patterns else {}),
         "count": count,
         "scans_per_patient": scans_per_patient,
         "mechanisms": [m.to_json() for m in mechanisms],
@@ -123,8 +136,10 @@ def document(
     mechanisms: Sequence[Mechanism],
     delta: float,
     binding: Mapping[str, str],
+    walks: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return canary.json. scores: (m,) by mechanism; records: of `conformance.Watch`; binding: receipt and model.
+    """Return canary.json. scores: (m,) by mechanism; records: of `conformance.Watch`; binding: receipt and model;
+    walks: of `walks.WalkWatch`, where patterned patients walked.
 
     Nothing in it comes from a patient: scores are functions of noise, coins and made-up gradients.
     """
@@ -143,6 +158,7 @@ def document(
             if name != "all"
         ],
         "conformance": [dict(r) for r in records],
+        **({"walks": [dict(w) for w in walks]} if walks else {}),
     }
     return {**opened, **judge(opened, mechanisms, delta).to_json()}
 
@@ -160,15 +176,32 @@ def judge(document: Mapping[str, Any], mechanisms: Sequence[Mechanism], delta: f
     if not all(a.ok for a in found):
         return _conclude(found, [], [])
     included, out = int(coins.sum()), int((~coins).sum())
-    each = CONFORMANCE_LEVEL / (ANSWERS * len(mechanisms))
+    each = CONFORMANCE_LEVEL / ((ANSWERS + WALK_ANSWERS) * len(mechanisms))
     for record, mechanism in zip(records, mechanisms, strict=True):
         found += answers(record, mechanism, included, out, each)
+    found += _walked(document, mechanisms, each)
     claimed = parts(mechanisms)
     results = []
     for name, part in claimed.items():
         of_part = sum(scores.values()) if name == "all" else scores[name]
         results.append(_result(name, np.asarray(of_part), coins, part, ACCUSATION_LEVEL / len(claimed), delta))
     return _conclude(found, results, mechanisms, records)
+
+
+def _walked(document: Mapping[str, Any], mechanisms: Sequence[Mechanism], level: float) -> list[Answer]:
+    """Test the walks that were registered; none were before patterned patients were known."""
+    registered = (document["registration"].get("patterns") or {}).get("walks") or {}
+    records = {str(w["mechanism"]): w for w in document.get("walks") or ()}
+    if set(records) != set(registered):
+        return [Answer("walks", False, "patterned patients did not walk the way of every mechanism as registered")]
+    try:
+        return [a for m in mechanisms if m.name in records for a in _walk(records[m.name], registered, m, level)]
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ConfigError(TORN) from None
+
+
+def _walk(record: Mapping[str, Any], registered: Mapping[str, Any], m: Mechanism, level: float) -> list[Answer]:
+    return walk_answers(record, m, int(registered[m.name]), level)
 
 
 def flips(coins: Bools) -> str:
@@ -316,7 +349,7 @@ def _same_claim(
 
 
 def _read(document: Mapping[str, Any]) -> tuple[Bools, dict[str, Floats], list[Mapping[str, Any]]]:
-    broken = ConfigError("canary.json is torn or was altered: its coins, scores and statistics do not fit together")
+    broken = ConfigError(TORN)
     try:
         if document["schema"] != SCHEMA:
             raise ConfigError(f"canary.json is not of version {SCHEMA}: use the medvae that wrote it")

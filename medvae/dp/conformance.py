@@ -150,7 +150,7 @@ def _noise(noise: Mapping[str, Any], mechanism: Mechanism, steps: int, out: int,
     found = [
         Answer(
             "noise",
-            whole and _two_sided(chi2, ratio, n, level),
+            whole and two_sided(chi2, ratio, n, level),
             f"standard deviation {math.sqrt(ratio / n):.5g} of the claim's, from {n} draws" if n else "never seen",
         ),
         Answer("mean of the noise", abs(mean) <= norm.isf(level / 2), f"{mean:+.2f} standard errors from 0"),
@@ -159,10 +159,10 @@ def _noise(noise: Mapping[str, Any], mechanism: Mechanism, steps: int, out: int,
         ok = even and bool(shape <= chi2.isf(level, BINS - 1))
         found.append(Answer("shape of the noise", ok, f"chi-square {shape:.1f} on {BINS - 1} degrees of freedom"))
     detail = f"sums of a step vary {together / steps:.4g} times as much as independent noise would, over {steps} steps"
-    found.append(Answer("independence of the noise", _two_sided(chi2, together, steps, level), detail))
+    found.append(Answer("independence of the noise", two_sided(chi2, together, steps, level), detail))
     if steps > 1:
         detail = f"sums over steps vary {spread / width:.4g} times as much as fresh noise would, on {width} coordinates"
-        found.append(Answer("freshness of the noise", _two_sided(chi2, spread, width, level), detail))
+        found.append(Answer("freshness of the noise", two_sided(chi2, spread, width, level), detail))
     return found
 
 
@@ -197,7 +197,7 @@ def _draws(draws: Mapping[str, Any], mechanism: Mechanism, steps: int, included:
         unit = size * q * (1 - q)
         if unit >= 10:  # each group's number of draws is near a normal one, so its squares are a chi-square
             detail = f"{centred / unit / groups:.4g} of what independent draws have"
-            found.append(Answer(name, _two_sided(chi2, centred / unit, groups, level), detail))
+            found.append(Answer(name, two_sided(chi2, centred / unit, groups, level), detail))
             continue
         sd = math.sqrt(groups * (2 + (1 - 6 * q * (1 - q)) / unit))
         z = (centred / unit - groups) / sd
@@ -206,7 +206,8 @@ def _draws(draws: Mapping[str, Any], mechanism: Mechanism, steps: int, included:
     return found
 
 
-def _two_sided(law: Any, value: float, freedom: int, level: float) -> bool:
+def two_sided(law: Any, value: float, freedom: float, level: float) -> bool:
+    """Whether a value lies between the two tails of a law of so many degrees of freedom, `level` together."""
     return bool(freedom > 0 and 2 * min(law.cdf(value, freedom), law.sf(value, freedom)) >= level)
 
 

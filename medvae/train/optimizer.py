@@ -77,6 +77,22 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus ships no 
         self._drawn = None
         return True
 
+    def rehearse(self, batch: Batch, latent: Tensor, source: NoiseSource) -> tuple[list[Tensor], list[Tensor]]:
+        """Clip, add noise and scale as a step does, and take none: return the sums before the noise, and the result.
+
+        For made-up scans alone: the sums of patients' gradients are never to be seen.
+        """
+        self._drawn = (batch, latent, source)
+        self.zero_grad(set_to_none=True)
+        self.clip_and_accumulate()
+        sums = [parameter.summed_grad.clone() for parameter in self.params]
+        self.add_noise()
+        self.scale_grad()
+        self._drawn = None
+        noised = [parameter.grad for parameter in self.params]
+        self.zero_grad(set_to_none=True)
+        return sums, noised
+
     def clip_and_accumulate(self) -> None:
         """Put the sum of clipped per-patient gradients into `summed_grad`; zeros for an empty draw."""
         batch, latent, _ = self._batch()
