@@ -104,12 +104,14 @@ def train(
     resume: bool = False,
     budget: float | None = None,
     stage: Stage | None = None,
+    public: Path | None = None,
 ) -> Result:
     """Train under patient-level differential privacy; return what privacy.json holds, with the run's path.
 
     Guarantee: the released model is (epsilon, delta)-DP for the unit patient under add/remove neighbours, as
     privacy.json states it. Without a cohort, the embedded phantoms are ingested beside `out` and trained on.
-    Raises BudgetExceeded where the cohort's ledger has no room for it, and RunError for an `out` in use.
+    public: a cohort that you declare public, to pretrain on; it is not protected. Raises BudgetExceeded where the
+    cohort's ledger has no room for it, PrivacyError where both cohorts share a scan, and RunError for an `out` in use.
 
     Started by `torchrun` in several processes, the first one does all this, the others compute for it; all return
     the same.
@@ -121,7 +123,7 @@ def train(
     with form_team(config.device) as team:
         if not team.leads:
             return {**follow(team), "run": str(out)}
-        result = _lead(cohort, out, config, resume, budget, stage or _silent, team)
+        result = _lead(cohort, out, config, resume, budget, stage or _silent, team, public)
         team.conclude(result)
     return {**result, "run": str(out)}
 
@@ -134,6 +136,7 @@ def _lead(
     budget: float | None,
     stage: Stage,
     team: Team,
+    public: Path | None,
 ) -> Result:
     """Train as the first or the only process of a run."""
     from medvae import tracking
@@ -151,7 +154,7 @@ def _lead(
             for name, value in numbers.items():
                 track.metric(name, value, step)
 
-        result: Result = fit(cohort, out, config, resume, stage("train"), on_step, team)
+        result: Result = fit(cohort, out, config, resume, stage("train"), on_step, team, public)
         for name in ("epsilon", "delta", "noise_multiplier", "sample_rate", "max_grad_norm", "steps"):
             if result.get(name) is not None:
                 track.metric(name, result[name])
@@ -213,7 +216,7 @@ def release(
             run,
             out,
             config,
-            report=report or _latest_audit(run),
+            report=report or latest_audit(run),
             render=render_certificate,
             render_audit=render_report,
             progress=progress,
@@ -360,7 +363,7 @@ def _remember_audit(run: Path, report: Path) -> None:
         _write(run / AUDITS, {"schema": "medvae.audits/1", "latest": str(report.resolve())})
 
 
-def _latest_audit(run: Path) -> Path | None:
+def latest_audit(run: Path) -> Path | None:
     """Return the report of the run's latest audit, where it is still there; the gate checks that it fits."""
     try:
         latest = Path(str(_read(run / AUDITS)["latest"]))

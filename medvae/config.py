@@ -30,13 +30,22 @@ class IngestConfig(Frozen):
     labels: Path | None = None
     modality: Annotated[str, Field(pattern="^[A-Z]{2,3}$")] | None = None
     conditions: tuple[str, ...] = ()
-    intensity: Literal["auto", "window", "percentile"] = "auto"
+    intensity: Literal["auto", "window", "percentile", "display"] = "auto"
     intensity_low: float | None = None
     intensity_high: float | None = None
     holdout: Annotated[float, Field(ge=0, lt=0.9)] = 0.2
     split_seed: int = 0
     max_scans_per_patient: Count = 16
-    slice_gap: Literal["refuse", "skip"] = "refuse"
+    slice_gap: Literal["refuse", "skip", "resample"] = "refuse"
+    frames: Literal["refuse", "first", "mean", "all"] = "refuse"
+    colour: Literal["refuse", "luminance"] = "refuse"
+    burned_in: Literal["note", "skip"] = "note"
+    identical: Literal["note", "merge", "refuse"] = "note"
+    missing: Literal["refuse", "drop", "class"] = "refuse"
+    max_voxels: Annotated[int, Field(ge=1, le=2**33)] = 2**28
+    max_unpacked_gib: Positive = 64.0
+    workers: Count = 1
+    cluster: str | None = None
 
     @field_validator("shape")
     @classmethod
@@ -175,10 +184,15 @@ class TeacherConfig(Frozen):
 
 
 class CanaryConfig(Frozen):
-    """The one-run audit: made-up patients on coordinates of their own, in every private training."""
+    """The one-run audit of every private training.
+
+    count: made-up patients on coordinates of their own; patterns: made-up patients whose scans walk the model's own
+    path, 0 for none.
+    """
 
     enabled: bool = True
     count: Count = 1000
+    patterns: Annotated[int, Field(ge=0, le=256)] = 8
 
 
 class Recipe(Frozen):
@@ -205,6 +219,10 @@ class Recipe(Frozen):
             raise ValueError("every stage is switched off: enable moments or dpsgd")
         if self.dpsgd.enabled is False and self.deep:
             raise ValueError(f"{self.deep} belongs to the network that DP-SGD trains: enable dpsgd, or leave it out")
+        if self.prior.kind != "none" and self.model.latent == "field":
+            raise ValueError(
+                "a fitted prior is over vectors of codes: set model.latent to vector, or prior.kind to none"
+            )
         return self
 
     @property
@@ -213,6 +231,13 @@ class Recipe(Frozen):
         if self.pretraining.source != "none":
             return "pretraining"
         return "prior" if self.prior.kind != "none" else ""
+
+    @property
+    def extra_share(self) -> float:
+        """The share of the budget that prior and teacher cost together."""
+        return (self.prior.share if self.prior.kind != "none" else 0.0) + (
+            self.teacher.share if self.teacher.enabled else 0.0
+        )
 
 
 class TrainConfig(Frozen):
@@ -280,10 +305,12 @@ class ReleaseConfig(Frozen):
     """What a release holds."""
 
     count: Count = 100
-    formats: tuple[Literal["nifti", "dicom", "png", "npz"], ...] = ("npz",)
+    formats: tuple[Literal["nifti", "dicom", "png", "npz", "huggingface", "viewer"], ...] = ("npz",)
     conditions: Path | None = None
     seed: int = 0
     title: str = "Synthetic medical images"
+    licence: str = "CC-BY-4.0"
+    body_part: Annotated[str, Field(pattern="^[A-Z][A-Z0-9_ ]{0,15}$")] | None = None
     key: Path | None = None
     override: str | None = None
 

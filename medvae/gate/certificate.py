@@ -128,6 +128,7 @@ def _claim(evidence: Evidence) -> dict[str, Any]:
         "patients_words": PATIENTS_WORDS,
         "floating_point": FLOAT_WORDS,
         "declared_public": list(privacy["declared_public"]),
+        **({"public_cohort": dict(privacy["public_cohort"])} if "public_cohort" in privacy else {}),
         "released": ["synthetic images", *masks, "the conditions asked for", "this claim"],
     }
 

@@ -7,6 +7,7 @@ public claim, the model, the ledger's receipt and the signing key are opened.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +22,31 @@ from medvae.gate import bids, canary, card, certificate, manifest, sign
 from medvae.gate.checks import check_claim, check_run
 from medvae.gate.croissant import croissant
 from medvae.gate.evidence import AUDIT_FILES, Evidence, read_evidence, read_privacy
+from medvae.gate.hub import write_hub_card
+from medvae.gate.licences import Licence, licence_of
 from medvae.gate.outcome import Check, overridden
 from medvae.schemas import check, version
 from medvae.synth import sample
 from medvae.synth.staging import staged_folder
 from medvae.synth.write_dicom import write_dicom
+from medvae.synth.write_huggingface import write_huggingface
 from medvae.synth.write_nifti import write_nifti
 from medvae.synth.write_npz import write_npz
 from medvae.synth.write_png import write_png
+from medvae.synth.write_viewer import write_viewer
 from medvae.types import Condition, ConditionValue, ImageSpace, Progress, SyntheticCohort
 
 Render = Callable[[Mapping[str, Any], Path], None]
 Rows = Sequence[Mapping[str, ConditionValue]]
 
-WRITERS = {"nifti": write_nifti, "dicom": write_dicom, "png": write_png, "npz": write_npz}
+WRITERS = {
+    "nifti": write_nifti,
+    "dicom": write_dicom,
+    "png": write_png,
+    "npz": write_npz,
+    "huggingface": write_huggingface,
+    "viewer": write_viewer,
+}
 UNIFORM_WORDS = "uniform over the classes and ranges"
 TABLE_WORDS = "from a table given by the data holder, who declares it public"
 
@@ -57,33 +69,43 @@ def release(
     NotReleasable, naming the check, where the gate stays closed.
     """
     config = config.model_copy(update={"formats": tuple(dict.fromkeys(config.formats))})
-    privacy = read_privacy(run)
-    checks = check_claim(privacy)
-    evidence = read_evidence(run, privacy, report)
-    checks += check_run(evidence, config.override)
-    override = overridden(checks, config.override)
-    planted = canary.published(run, evidence.mechanisms, privacy["delta"])
-    rows = _rows(config, evidence.space)
+    terms = licence_of(config.licence)
+    evidence, checks, override = judge(run, config, report)
+    planted = canary.published(run, evidence.mechanisms, evidence.privacy["delta"])
+    asked = _rows(config, evidence.space)
     key = sign.signing_key(config.key, run)
-    with staged_folder(out.resolve()) as folder:
-        _write_images(folder, evidence, rows, config, progress)
-        proof = _certificate(evidence, checks, config, key, override)
-        _write_documents(folder, evidence, proof, rows, config, render)
+    with staged_folder(out.resolve(), durable=True) as folder:
+        rows = _write_images(folder, evidence, asked, config, progress)
+        words = UNIFORM_WORDS if config.conditions is None else TABLE_WORDS
+        proof = certify(evidence, checks, config, key, override, config.count, config.formats, words)
+        _write_documents(folder, evidence, proof, rows, config, terms, render)
         if planted is not None:
-            _write_json(folder / canary.FILE, planted)
+            write_json(folder / canary.FILE, planted)
         if report is not None:
             _copy_audit(report / "public", folder / "audit", override, render_audit)
-        files = _seal(folder, proof, key)
+        files = seal(folder, proof, key)
     return {
         "count": config.count,
         "formats": list(config.formats),
-        **certificate.short_claim(privacy),
+        **certificate.short_claim(evidence.privacy),
         "files": files,
         "key_id": proof["signer"]["key_id"],
         "checks": proof["checks"],
         "override": proof["override"],
         "plain_words": proof["plain_words"],
     }
+
+
+def judge(run: Path, config: ReleaseConfig, report: Path | None) -> tuple[Evidence, list[Check], dict[str, Any] | None]:
+    """Return what the gate knows of a run, its answers, and what `config.override` let pass, if anything.
+
+    Raises RunError for a run or report that cannot be used, and NotReleasable where the gate stays closed.
+    """
+    privacy = read_privacy(run)
+    checks = check_claim(privacy)
+    evidence = read_evidence(run, privacy, report)
+    checks += check_run(evidence, config.override)
+    return evidence, checks, overridden(checks, config.override)
 
 
 def _rows(config: ReleaseConfig, space: ImageSpace) -> list[dict[str, ConditionValue]]:
@@ -126,13 +148,17 @@ def _value(condition: Condition, text: str | None, line: int) -> ConditionValue:
 
 def _write_images(
     folder: Path, evidence: Evidence, rows: Rows, config: ReleaseConfig, progress: Progress | None
-) -> None:
+) -> Rows:
+    """Write the images in every format; return their conditions, which a teacher may have renamed."""
     stages = 1 + len(config.formats)
     cohort = sample.generate(evidence.model, rows, config.seed, progress=_stage(progress, 0, stages, len(rows)))
     _must_fit(cohort, evidence.space, len(rows))
+    if config.body_part is not None:
+        cohort = dataclasses.replace(cohort, notes={"body_part": config.body_part})
     claim = certificate.short_claim(evidence.privacy)
     for i, name in enumerate(config.formats, start=1):
         WRITERS[name](cohort, folder, claim, progress=_stage(progress, i, stages, len(rows)))
+    return cohort.conditions
 
 
 def _stage(progress: Progress | None, stage: int, stages: int, count: int) -> Progress | None:
@@ -147,21 +173,25 @@ def _must_fit(cohort: SyntheticCohort, space: ImageSpace, count: int) -> None:
         raise InputError(f"the model made images of shape {cohort.images.shape}, not as its card says: train again")
 
 
-def _certificate(
+def certify(
     evidence: Evidence,
     checks: Sequence[Check],
     config: ReleaseConfig,
     key: Ed25519PrivateKey,
     override: Mapping[str, Any] | None,
+    count: int,
+    formats: Sequence[str],
+    conditions: str,
 ) -> dict[str, Any]:
+    """Return the certificate of `count` images in these formats, checked against its schema."""
     public = key.public_key()
     proof = certificate.build(
         evidence,
         checks,
         title=_title(config),
-        count=config.count,
-        formats=config.formats,
-        conditions=UNIFORM_WORDS if config.conditions is None else TABLE_WORDS,
+        count=count,
+        formats=formats,
+        conditions=conditions,
         override=override,
         signer={"algorithm": "Ed25519", "key_id": sign.key_id(public), "public_key": sign.public_pem(public)},
     )
@@ -175,26 +205,29 @@ def _write_documents(
     proof: Mapping[str, Any],
     rows: Rows,
     config: ReleaseConfig,
+    terms: Licence,
     render: Render | None,
 ) -> None:
     space, claim = evidence.space, certificate.claim_words(proof["claim"])
     (folder / "privacy").mkdir()
-    _write_json(folder / "privacy" / "certificate.json", proof)
+    write_json(folder / "privacy" / "certificate.json", proof)
     if render is not None:
         render(proof, folder / "privacy")
     texts = {
         "README.md": card.readme(proof, claim),
-        "DATASET_CARD.md": card.dataset_card(proof, space, claim),
-        "LICENSE": card.licence(proof),
-        "CITATION.cff": card.citation(proof, claim),
+        "DATASET_CARD.md": card.dataset_card(proof, space, claim, terms),
+        "LICENSE": card.licence(proof, terms),
+        "CITATION.cff": card.citation(proof, claim, terms),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    bids.write_bids(folder, proof["title"], card.LICENCE, space.conditions, rows, claim)
-    _write_json(folder / "provenance.json", _provenance(evidence, proof, config))
+    if "huggingface" in config.formats:
+        write_hub_card(folder, proof, space, claim, terms)
+    bids.write_bids(folder, proof["title"], terms.identifier, space.conditions, rows, claim)
+    write_json(folder / "provenance.json", _provenance(evidence, proof, config))
     named = ("participants.tsv", "privacy/certificate.json", "cohort.npz")
     sums = {name: manifest.digest(folder / name) for name in named if (folder / name).exists()}
-    _write_json(folder / "croissant.json", croissant(proof, space.conditions, sums, claim, card.LICENCE_URL))
+    write_json(folder / "croissant.json", croissant(proof, space.conditions, sums, claim, terms.address))
 
 
 def _provenance(evidence: Evidence, proof: Mapping[str, Any], config: ReleaseConfig) -> dict[str, Any]:
@@ -228,7 +261,7 @@ def _copy_audit(public: Path, target: Path, override: Mapping[str, Any] | None, 
         audit = json.loads((public / AUDIT_FILES[0]).read_text(encoding="utf-8"))
         audit["decision"] = {**audit["decision"], "override": dict(override)}
         check("audit", audit)
-        _write_json(target / AUDIT_FILES[0], audit)
+        write_json(target / AUDIT_FILES[0], audit)
         if render is not None:
             render(audit, target)
         return
@@ -237,7 +270,7 @@ def _copy_audit(public: Path, target: Path, override: Mapping[str, Any] | None, 
             shutil.copyfile(public / name, target / name)
 
 
-def _seal(folder: Path, proof: Mapping[str, Any], key: Ed25519PrivateKey) -> int:
+def seal(folder: Path, proof: Mapping[str, Any], key: Ed25519PrivateKey) -> int:
     """Write SHA256SUMS and the signed statement over every file, and return the number of files."""
     sums = manifest.digests(folder)
     (folder / manifest.SUMS).write_bytes(manifest.render(sums))
@@ -250,5 +283,6 @@ def _title(config: ReleaseConfig) -> str:
     return " ".join(config.title.split()) or "Synthetic medical images"
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON for people, too; refuses infinity and not-a-number, which JSON does not have."""
     path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")

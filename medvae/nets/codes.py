@@ -29,9 +29,9 @@ def code_radius(latent_dim: int) -> float:
 
 
 def clip_codes(codes: Tensor) -> Tensor:
-    """Return codes (B, d) around the prior mean, divided by the radius and of norm at most 1; not finite counts as 0."""
+    """Return codes (B, d) around the prior mean divided by the radius, cut to norm 1; not finite counts as 0."""
     finite = torch.where(torch.isfinite(codes), codes, 0.0) / code_radius(codes.shape[1])
-    return finite / torch.linalg.vector_norm(finite, dim=1, keepdim=True).clamp(min=1.0)
+    return torch.as_tensor(finite / torch.linalg.vector_norm(finite, dim=1, keepdim=True).clamp(min=1.0))
 
 
 class CodeMixture(nn.Module):

@@ -16,6 +16,7 @@ from medvae.config import ModelConfig
 from medvae.errors import ConfigError
 from medvae.nets.adversary import Critic
 from medvae.nets.blocks import ClassDecoders, Decoder, Encoder, level_sizes
+from medvae.nets.codes import CodeFlow, CodeMixture
 from medvae.nets.likelihood import LIKELIHOODS, bernoulli
 from medvae.nets.linear import LinearPart
 from medvae.nets.prior import FieldPrior, NormalPrior
@@ -87,6 +88,8 @@ class ConditionalVAE(nn.Module):
         if config.class_decoders:
             first, classes = label_columns(space.conditions)
             self.decoder = ClassDecoders([decoder() for _ in range(classes)], first)
+        # Fitted after training, in place of the prior that codes are drawn from: see build_model.
+        self.code_prior: CodeMixture | CodeFlow | None = None
         self.critic = None
         if config.adversary:
             self.critic = Critic(space.channels, shape, widths, units=units, groups=groups)
@@ -127,9 +130,13 @@ class ConditionalVAE(nn.Module):
     def draw(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         """Return one image and its mask probabilities (B, C, *spatial) a row of conditions: the mean of p(x | z, c).
 
-        The code comes from the prior; where there is a mixture, from the codes of a draw of that. A decoder that was
-        never trained adds nothing, and then the draw itself is kept, with what the codes would leave out of it.
+        The code comes from the prior that was fitted to codes, where there is one, else from the prior of training;
+        where there is a mixture, from the codes of a draw of that. A decoder that was never trained adds nothing, and
+        then the draw itself is kept, with what the codes would leave out of it.
         """
+        if self.code_prior is not None:
+            codes = self.prior_mean(condition) + self.code_prior.sample(condition, generator)
+            return self.decode(codes, condition)
         if self.linear is None or self.linear.mixture is None:
             noise = torch.randn(len(condition), self.latent_dim, generator=generator)
             return self.decode(self.prior_sample(condition, noise), condition)

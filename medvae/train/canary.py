@@ -8,12 +8,14 @@ of them tells of no one. Half of them, by coins tossed and committed to before t
 
 For DP-SGD the coordinates are two layers, one before the model's parameters and one after, half of the squared norm
 in each: a clip by layer, or noise that misses the first or the last parameter, is seen too.
+
+Patterned patients (train/patterns.py) walk the model's own path beside them, by themselves.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +29,15 @@ from medvae.dp.canaries import Commitment, commit, document, register
 from medvae.dp.conformance import Watch
 from medvae.dp.noise import NoiseSource
 from medvae.dp.onerun import Bools, Floats
-from medvae.dp.staging import DPSGD
+from medvae.dp.staging import OVER_CODES, TRAINED
 from medvae.errors import RunError
 from medvae.train.checkpoint import write_json
 from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.engine.tuner import Tuner
 from medvae.train.gradient import FunctorchSampler, GradSampler, StepStats
+from medvae.train.mixture import Grouped
+from medvae.train.patterns import STREAM, ReleaseWalks, StepWalks, joined, make_patterns, walk_steps
 from medvae.train.sampler import IntArray, PatientSampler, Scans
 from medvae.types import Batch, ImageSpace, Mechanism, PrivacyPlan, Private
 
@@ -43,6 +47,8 @@ COMMITMENT = "canary_commitment.json"
 FIRST = 2**40
 # Norm of a canary's gradient before the clip, in units of the clip.
 GRADIENT_NORM = 100.0
+# Where a checkpoint keeps what walks of patterned patients showed.
+WALKED = "walks/"
 # Scans of canaries in one micro-batch: few, so that a step has several.
 MAX_SCANS = 64
 
@@ -76,13 +82,14 @@ class RunCanaries:
     commitment: Commitment
     plan: PrivacyPlan
     releases: ReleaseCanaries
-    steps: StepCanaries | None
+    steps: Mapping[str, StepCanaries]
 
     def document(self, binding: Mapping[str, str]) -> dict[str, Any]:
         """Return canary.json; the coins are opened here. binding: what the run's receipt and model are known by."""
         watches = dict(self.releases.watches)
-        if self.steps is not None:
-            watches[self.steps.watch.mechanism.name] = self.steps.watch
+        watches |= {name: canaries.watch for name, canaries in self.steps.items()}
+        walked = dict(self.releases.walks.watches) if self.releases.walks else {}
+        walked |= {name: own.walks.watch for name, own in self.steps.items() if own.walks is not None}
         mechanisms = self.plan.mechanisms
         return document(
             self.commitment,
@@ -91,11 +98,17 @@ class RunCanaries:
             mechanisms,
             self.plan.delta,
             binding,
+            [walked[m.name].record() for m in mechanisms if m.name in walked],
         )
 
 
 def make_canaries(
-    plan: PrivacyPlan, config: CanaryConfig, scans_per_patient: int, folder: Path, source: NoiseSource
+    plan: PrivacyPlan,
+    config: CanaryConfig,
+    space: ImageSpace,
+    scans_per_patient: int,
+    folder: Path,
+    source: NoiseSource,
 ) -> RunCanaries | None:
     """Return a run's canaries, their coins committed to in `folder`; None where they are off or nothing is claimed.
 
@@ -103,17 +116,24 @@ def make_canaries(
     """
     if not (config.enabled and plan.private):
         return None
-    registration = register(config.count, plan.mechanisms, scans_per_patient)
+    sampled = [m for m in plan.mechanisms if m.name in TRAINED]
+    single = [m for m in plan.mechanisms if m.name not in TRAINED]
+    patterns = make_patterns(space, config.patterns, scans_per_patient) if config.patterns else None
+    # Patterned patients are scans: what sees codes in their place has only the canaries of its own coordinates.
+    due = {m.name: len(walk_steps(m.count)) if m in sampled else 1 for m in plan.mechanisms if _sees_scans(m)}
+    registration = register(config.count, plan.mechanisms, scans_per_patient, config.patterns, due)
     commitment = open_commitment(folder, folder / "private", registration, source)
-    sampled = [m for m in plan.mechanisms if m.name == DPSGD]
-    single = [m for m in plan.mechanisms if m.name != DPSGD]
-    coins = commitment.coins
-    return RunCanaries(
-        commitment,
-        plan,
-        ReleaseCanaries(coins, single, scans_per_patient),
-        StepCanaries(coins, sampled[0], plan.max_grad_norm, scans_per_patient) if sampled else None,
-    )
+    coins, clip = commitment.coins, plan.max_grad_norm
+    after = ReleaseWalks(patterns, [m for m in single if _sees_scans(m)], source.fork(STREAM)) if patterns else None
+    steps = {}
+    for m in sampled:
+        walks = StepWalks(patterns, m, clip) if patterns and _sees_scans(m) else None
+        steps[m.name] = StepCanaries(coins, m, clip, scans_per_patient, walks)
+    return RunCanaries(commitment, plan, ReleaseCanaries(coins, single, scans_per_patient, after), steps)
+
+
+def _sees_scans(mechanism: Mechanism) -> bool:
+    return not mechanism.name.startswith(OVER_CODES)
 
 
 class PhantomLoss(nn.Module):
@@ -161,16 +181,24 @@ class StepCanaries:
     and `observe` once the gradients are noised.
     """
 
-    def __init__(self, coins: Bools, mechanism: Mechanism, max_grad_norm: float, scans_per_patient: int) -> None:
-        self.watch = Watch(coins, mechanism, coordinates=2)
+    def __init__(
+        self,
+        coins: Bools,
+        mechanism: Mechanism,
+        max_grad_norm: float,
+        scans_per_patient: int,
+        walks: StepWalks | None = None,
+    ) -> None:
+        self.watch, self.walks = Watch(coins, mechanism, coordinates=2), walks
         self.ids: IntArray = FIRST + np.flatnonzero(coins)
         self._clip, self._scans = max_grad_norm, scans_per_patient
         self._drawn: IntArray = np.zeros(0, dtype=np.int64)
         self._loss = PhantomLoss(len(coins))
 
     def join_sampler(self, sampler: PatientSampler) -> PatientSampler:
-        """Return a sampler that draws the canaries beside the patients."""
-        return replace(sampler, store=WithCanaries(sampler.store, self._scans), canaries=self.ids)
+        """Return a sampler that draws the canaries beside the patients, and can load patterned ones."""
+        drawing = replace(sampler, store=WithCanaries(sampler.store, self._scans), canaries=self.ids)
+        return joined(drawing, self.walks.patterns if self.walks else None)
 
     def join_engine(self, engine: GradSampler, kind: Literal["bookkeeping", "functorch"], tuner: Tuner) -> GradSampler:
         """Return an engine for the model's parameters between the canaries', where both are clipped by one rule."""
@@ -205,12 +233,16 @@ class StepCanaries:
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps."""
-        return {k: torch.from_numpy(np.array(v)) for k, v in self.watch.state().items()}
+        walked = {WALKED + k: v for k, v in self.walks.watch.state().items()} if self.walks else {}
+        return {k: torch.from_numpy(np.array(v)) for k, v in {**self.watch.state(), **walked}.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a checkpoint; raises RunError where it holds another number of canaries, or none."""
         try:
-            self.watch.restore({k: v.numpy() for k, v in state.items()})
+            arrays = {k: v.numpy() for k, v in state.items()}
+            self.watch.restore(arrays)
+            if self.walks is not None:
+                self.walks.watch.restore({k.removeprefix(WALKED): v for k, v in arrays.items() if WALKED in k})
         except (KeyError, ValueError):
             raise RunError("the checkpoint does not hold this run's canaries: start a new run") from None
 
@@ -236,8 +268,14 @@ class _Joined:
 class ReleaseCanaries:
     """The canaries of single releases over all patients: coordinates behind those of the vector that is released."""
 
-    def __init__(self, coins: Bools, mechanisms: Sequence[Mechanism], scans_per_patient: int) -> None:
-        self.watches = {m.name: Watch(coins, m) for m in mechanisms}
+    def __init__(
+        self,
+        coins: Bools,
+        mechanisms: Sequence[Mechanism],
+        scans_per_patient: int,
+        walks: ReleaseWalks | None = None,
+    ) -> None:
+        self.watches, self.walks = {m.name: Watch(coins, m) for m in mechanisms}, walks
         self._coins, self._scans = coins, scans_per_patient
 
     def vectors(self) -> Iterator[tuple[Tensor, IntArray]]:
@@ -253,15 +291,23 @@ class ReleaseCanaries:
         """Look at the noised sums (m,) of the release called `name`."""
         self.watches[name].see(noised[None], self._coins)
 
+    def rehearse(self, name: str, contribution: Callable[[Batch], Tensor | Grouped], noise_multiplier: float) -> None:
+        """Let the patterned patients walk the way of the release called `name`, by themselves."""
+        if self.walks is not None:
+            self.walks.walk(name, contribution, noise_multiplier)
+
     def state(self) -> dict[str, dict[str, Any]]:
         """Return what was seen, as JSON, to be stored with what was released."""
-        return {n: {k: v.tolist() for k, v in watch.state().items()} for n, watch in self.watches.items()}
+        seen = {n: {k: v.tolist() for k, v in watch.state().items()} for n, watch in self.watches.items()}
+        return {**seen, WALKED: self.walks.state()} if self.walks is not None else seen
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from `state`; raises RunError where it is of other releases or another number of canaries."""
         try:
             for name, watch in self.watches.items():
                 watch.restore(state[name])
+            if self.walks is not None:
+                self.walks.restore(state[WALKED])
         except (KeyError, ValueError, TypeError):
             raise RunError("the stored releases do not hold this run's canaries: start a new run") from None
 

@@ -91,6 +91,19 @@ def declared_public(space: ImageSpace) -> list[str]:
     return [*facts, "the labels of the masks"] if space.mask_labels else facts
 
 
+def public_cohort(claim: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a claim says of a public cohort that helped: who it is, and that it is not protected.
+
+    facts: fingerprint, scans and patients of that cohort; no name.
+    """
+    words = (
+        f"a second cohort of {facts['scans']} scans of {facts['patients']} patients (fingerprint "
+        f"{facts['fingerprint'][:16]}), declared public by the data holder, on which the network was pretrained: this "
+        "claim does not protect it at all"
+    )
+    return {"public_cohort": dict(facts), "declared_public": [*claim["declared_public"], words]}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what trained the model."""
     found = {name: metadata.version(name) for name in LIBRARIES}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from medvae.config import DpSgdConfig
+from medvae.dp.staging import DPSGD
 from medvae.errors import RunError
 from medvae.nets.cvae import ConditionalVAE
 from medvae.train.canary import StepCanaries
@@ -44,7 +45,7 @@ from medvae.train.sampler import PatientSampler
 from medvae.train.team import Team, TeamSampler
 from medvae.types import Batch, ImageSpace, Mechanism, PrivacyPlan, Progress
 
-STAGE = "dpsgd"
+STAGE = DPSGD
 CHECKPOINT = "checkpoint"
 LOG = "losses.jsonl"
 SAME_PRESS_S = 1.0
@@ -66,12 +67,14 @@ def train_dpsgd(
     team: Team = ALONE,
     canaries: StepCanaries | None = None,
     memory_gib: float | None = None,
+    stage: str = STAGE,
 ) -> None:
     """Train `model` in place for `plan.steps` steps; it ends with the averaged weights.
 
     Guarantee: `plan.steps` Poisson-sampled Gaussian mechanisms at `plan.sample_rate` with `plan.noise_multiplier`,
     unit patient, add/remove. Without noise in the plan nothing is clipped either: a run for comparison.
 
+    stage: what the plan calls these steps; each stage has draws, checkpoints and a log of its own.
     folder: the run's private folder, for checkpoints and the log. on_step sees private statistics. Resumes where a
     checkpoint is found, whatever number of processes wrote it. Ctrl-C (and SIGTERM) writes one, then raises
     KeyboardInterrupt. Raises RunError for a checkpoint of another plan, or a broken one, or for a process of the
@@ -80,6 +83,9 @@ def train_dpsgd(
     """
     # A repeatable run repeats its arithmetic too, which timed choices would not.
     tuner = Tuner(load_choices(folder), fixed=None if randomness.releasable else "loop")
+    walks = None if canaries is None else canaries.walks
+    if walks is not None:
+        walks.begin(model, config)
     engine = make_engine(model, plan, latent_dim, sampler.store.space, config, tuner, memory_gib)
     if team.size > 1:
         engine = TeamSampler(engine, team)
@@ -94,18 +100,23 @@ def train_dpsgd(
         expected_patients=sampler.expected_patients,
     )
     average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    start = _restore(folder, model, average, optimizer, plan, canaries)
-    _keep_log_before(folder / LOG, start)
+    start = _restore(folder, model, average, optimizer, plan, canaries, stage)
+    journal = folder / _named(LOG, stage)
+    _keep_log_before(journal, start)
     set_progress(model, start / plan.steps)
     team.share_weights([*model.state_dict().values(), *progress_of(model)])
 
-    with deferred_interrupt() as interrupted, (folder / LOG).open("a", encoding="utf-8") as log:
+    with deferred_interrupt() as interrupted, journal.open("a", encoding="utf-8") as log:
         for step in range(start, plan.steps):
-            source = randomness.source(STAGE, step)
+            if canaries is not None and walks is not None and walks.due(step):
+                canaries.keep([])
+                walks.walk(step, model, sampler, optimizer, team, randomness, latent_dim)
+                team.share_weights([*engine.parameters, *progress_of(model)])
+            source = randomness.source(stage, step)
             drawn = sampler.draw_patients(source)
             if canaries is not None:
                 drawn = canaries.keep(drawn)
-            latent = torch.randn(sum(map(len, drawn)), latent_dim, generator=randomness.latent(STAGE, step))
+            latent = torch.randn(sum(map(len, drawn)), latent_dim, generator=randomness.latent(stage, step))
             rows, latent = team.deal(drawn, latent)
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(config) * rate_factor(step, plan.steps)
@@ -127,7 +138,7 @@ def train_dpsgd(
 
             stop = interrupted()
             if stop or (step + 1) % config.checkpoint_every == 0 or step + 1 == plan.steps:
-                _save(folder, model, average, optimizer, plan, step + 1, canaries)
+                _save(folder, model, average, optimizer, plan, step + 1, canaries, stage)
                 save_choices(folder, tuner.choices)
             if stop:
                 raise KeyboardInterrupt
@@ -263,11 +274,17 @@ def _json_line(values: Mapping[str, float]) -> str:
     return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
 
 
-def _facts(plan: PrivacyPlan, step: int) -> dict[str, Any]:
-    """Return what the checkpoint says of itself: how far it is, and what was spent to get there."""
-    spent = [m for m in plan.mechanisms if m.name != STAGE]
+def _named(name: str, stage: str) -> str:
+    """Return a file's name for a stage; the model's own training has the plain one."""
+    return name if stage == STAGE else name.replace(".", f"_{stage}.") if "." in name else f"{name}_{stage}"
+
+
+def _facts(plan: PrivacyPlan, step: int, stage: str) -> dict[str, Any]:
+    """Return what the checkpoint says of itself: how far it is, and what was spent at most to get there."""
+    names = [m.name for m in plan.mechanisms]
+    spent = list(plan.mechanisms[: names.index(stage) if stage in names else None])
     if step:
-        spent.append(Mechanism(STAGE, plan.noise_multiplier, plan.sample_rate, step))
+        spent.append(Mechanism(stage, plan.noise_multiplier, plan.sample_rate, step))
     return {
         "schema": "medvae.checkpoint/1",
         "step": step,
@@ -288,6 +305,7 @@ def _save(
     plan: PrivacyPlan,
     step: int,
     canaries: StepCanaries | None,
+    stage: str,
 ) -> None:
     tensors: dict[str, Tensor] = {f"weights/{n}": p for n, p in model.named_parameters() if n in average}
     tensors |= {f"average/{n}": t for n, t in average.items()}
@@ -295,7 +313,7 @@ def _save(
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
     if canaries is not None:
         tensors |= {f"canaries/{n}": t for n, t in canaries.state().items()}
-    save_checkpoint(folder, CHECKPOINT, tensors, _facts(plan, step))
+    save_checkpoint(folder, _named(CHECKPOINT, stage), tensors, _facts(plan, step, stage))
 
 
 def _restore(
@@ -305,14 +323,15 @@ def _restore(
     optimizer: PatientDPOptimizer,
     plan: PrivacyPlan,
     canaries: StepCanaries | None,
+    stage: str,
 ) -> int:
     """Load the checkpoint, where there is one, into all of these and return the next step."""
-    found = load_checkpoint(folder, CHECKPOINT)
+    found = load_checkpoint(folder, _named(CHECKPOINT, stage))
     if found is None:
         return 0
     tensors, facts = found
     step = int(facts.get("step", -1))
-    if not 0 <= step <= plan.steps or facts != {**facts, **_facts(plan, step)}:
+    if not 0 <= step <= plan.steps or facts != {**facts, **_facts(plan, step, stage)}:
         raise RunError("the checkpoint is of another plan: resume with the settings of the first start")
     groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
     for name, tensor in tensors.items():

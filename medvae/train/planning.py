@@ -11,9 +11,10 @@ from medvae.config import Recipe, TrainConfig
 from medvae.dp.accounting import canonical, pld_epsilon
 from medvae.dp.delta import check_delta, default_delta
 from medvae.dp.goal import goal_of
-from medvae.dp.staging import DPSGD, plan_stages
+from medvae.dp.staging import DPSGD, TRAINED, plan_stages
 from medvae.nets.build import build_model
 from medvae.train.rule import moment_shares, resolve
+from medvae.train.stages import check_stages, prior_shares, trained_stages
 from medvae.types import ImageSpace, Mechanism, PrivacyPlan
 
 FEW_PATIENTS = 200
@@ -46,7 +47,9 @@ def make_plan(patients: int, space: ImageSpace, config: TrainConfig) -> TrainPla
     goal = goal_of(config)
     noise = 0.0 if math.isinf(goal.limit) else goal.gaussian_noise(delta)
     recipe = resolve(config.recipe, patients, space, noise)
-    mechanisms = plan_stages(goal, delta, moment_shares(recipe, patients), _sgd(recipe))
+    check_stages(recipe, space)
+    one_shot = [*moment_shares(recipe, patients), *prior_shares(recipe)]
+    mechanisms = plan_stages(goal, delta, one_shot, _sgd(recipe), trained_stages(recipe, patients))
     privacy = _privacy_plan(patients, delta, recipe, mechanisms)
     model = build_model(space, recipe)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if recipe.dpsgd.enabled else 0
@@ -102,7 +105,8 @@ def _sgd(recipe: Recipe) -> tuple[float, int] | None:
 def _privacy_plan(patients: int, delta: float, recipe: Recipe, mechanisms: tuple[Mechanism, ...]) -> PrivacyPlan:
     sgd = [m for m in mechanisms if m.name == DPSGD]
     # Without DP-SGD the headline is the one Gaussian that the other stages compose to, as one step on all patients.
-    together = canonical(mechanisms)[0][0] if mechanisms and not sgd else 0.0
+    single = [m for m in mechanisms if m.name not in TRAINED]
+    together = canonical(single)[0][0] if single and not sgd else 0.0
     return PrivacyPlan(
         epsilon=pld_epsilon(mechanisms, delta),
         delta=delta,

@@ -139,6 +139,8 @@ def resolve(recipe: Recipe, patients: int, space: ImageSpace, noise: float | Non
     noise: the noise multiplier of the one Gaussian that would use up the whole budget; without it, and where DP-SGD is
     asked for, no mixture is chosen.
     """
+    if recipe.deep:  # a stage around the network asks for the network
+        recipe = recipe.model_copy(update={"dpsgd": recipe.dpsgd.model_copy(update={"enabled": True})})
     mixture = recipe.mixture
     open_to_choice = recipe.moments.enabled and noise is not None and recipe.dpsgd.enabled is not True
     if mixture.enabled or (mixture.enabled is None and open_to_choice):
@@ -148,6 +150,9 @@ def resolve(recipe: Recipe, patients: int, space: ImageSpace, noise: float | Non
         mixture = mixture.model_copy(update={"enabled": False})
     dpsgd = _dpsgd(recipe.dpsgd, patients, space, moments=recipe.moments.enabled, mixture=mixture.enabled is True)
     moments = _moments(recipe.moments, patients, space, noise, sgd=dpsgd.enabled is True)
+    if recipe.moments.share is None and moments.share is not None and dpsgd.enabled:
+        # What prior and teacher cost is taken from the closed form and from DP-SGD alike.
+        moments = moments.model_copy(update={"share": moments.share * (1 - recipe.extra_share)})
     return recipe.model_copy(
         update={"model": _model(recipe.model, patients, space), "moments": moments, "mixture": mixture, "dpsgd": dpsgd}
     )

@@ -5,8 +5,10 @@ ledger is charged for all of the plan; only then does a stage read a scan. Each 
 
     canary_commitment.json   digest of the canaries' coins; the coins themselves are private/canaries.json
     private/run.json         the run's id: resumed, it gets the same receipt and never a second charge
+    private/pretraining.json the network has been pretrained, on nothing private
     private/moments.json     the closed-form stage is done and never read from again
-    private/checkpoint.json  so many steps are done
+    private/checkpoint.json  so many steps are done; a flow and a teacher have files of their own beside it
+    private/prior.json       the prior over codes is released, and never a second time
     model/, canary.json, privacy.json    finished; privacy.json is written last
 """
 
@@ -28,19 +30,23 @@ import torch
 from medvae.config import TrainConfig
 from medvae.dp.ledger import Ledger, Receipt
 from medvae.dp.ledger_place import ledger_facts, open_ledger
+from medvae.dp.staging import DPSGD
 from medvae.errors import BudgetExceeded, ConfigError, RunError
-from medvae.nets.build import build_model, make_card, mixture_shapes, state_arrays
+from medvae.nets.build import TEACHER_PREFIX, build_model, make_card, mixture_shapes, state_arrays
 from medvae.nets.cvae import ConditionalVAE
+from medvae.nets.teacher import Teacher
 from medvae.synth.store import write_release
 from medvae.train.canary import RunCanaries, make_canaries
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint, write_json
-from medvae.train.claim import SCHEMA, privacy_claim
+from medvae.train.claim import SCHEMA, privacy_claim, public_cohort
 from medvae.train.distributed import make_job
 from medvae.train.loop import ALONE, OnStep, require_memory, train_dpsgd
 from medvae.train.moments import MomentShapes, fit_moments
 from medvae.train.planning import TrainPlan, make_plan
+from medvae.train.pretraining import PublicCohort, open_public, pretraining_stage, with_public
 from medvae.train.randomness import Randomness, make_randomness
 from medvae.train.sampler import PatientSampler
+from medvae.train.stages import Stage, prior_stage, teacher_stage
 from medvae.train.team import Team
 from medvae.types import ModelRelease, Progress
 from medvae.vault.store import CohortStore, open_cohort
@@ -49,6 +55,15 @@ RUN_SCHEMA = "medvae.run/1"
 MOMENTS = "moments"
 # May differ between a start and a resume: they change how fast a run is and not what it does.
 FREE_TO_CHANGE = {"threads", "device", "memory_gib"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run has trained, and the public cohort that helped."""
+
+    model: ConditionalVAE
+    teacher: Teacher | None
+    public: PublicCohort | None
 
 
 @dataclass(frozen=True)
@@ -73,19 +88,23 @@ def train(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
     team: Team = ALONE,
+    public: Path | None = None,
 ) -> dict[str, Any]:
     """Train on a cohort and return what RUN/privacy.json holds.
 
     Guarantee: the model in RUN/model is (epsilon, delta)-DP as privacy.json states it, for the unit patient under
     add/remove; all that was charged to the cohort's ledger before the first scan was read. Other files of the run
-    are private. on_step sees private statistics. With several processes, call it on the team's leader.
+    are private. public: a cohort that is declared public, to pretrain on; it is not protected. on_step sees private
+    statistics. With several processes, call it on the team's leader.
 
     Raises RunError for an `out` in use, of another version, or (with `resume`) of other settings; ConfigError for
     settings that cannot work; BudgetExceeded, with nothing left behind, where the ledger has no room. Ctrl-C leaves
-    a state that `resume` continues.
+    a state that `resume` continues. PrivacyError for a public cohort that shares a scan with the private one.
     """
+    config = config.model_copy(update={"recipe": with_public(config.recipe, public)})
     store: CohortStore = open_cohort(cohort).reveal()
-    facts = _run_facts(cohort, config, store)
+    declared = None if public is None else open_public(public, store)
+    facts = _run_facts(cohort, config, store, declared)
     if finished := _finished(out, facts, resume):
         return finished
     patients = store.patients("train")
@@ -100,20 +119,26 @@ def train(
     ledger = open_ledger(cohort)
     with _open_run(out, facts, resume=resume) as run:
         randomness = make_randomness(config.noise_source, config.seed)
-        canaries = _canaries(plan, run, randomness)
+        canaries = _canaries(plan, store, run, randomness)
         receipt = _charge(ledger, run, plan, canaries)
         model = _initial_model(plan, store, config.seed)
+        if plan.recipe.pretraining.source != "none":
+            pretraining_stage(model, plan.recipe, declared, config.seed, run.private)
         if plan.recipe.moments.enabled:
             _moments_stage(model, plan, store, randomness, run, canaries)
         if plan.recipe.dpsgd.enabled:
             team.begin(make_job(plan, facts, config, str(device), randomness))
             _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step, team, canaries, config)
-        return _finish(model.cpu(), plan, store, randomness, ledger, run, receipt, team.size, canaries)
+        rest = Stage(store, store.patients("train"), randomness, canaries, run.private)
+        prior_stage(model.cpu(), plan, rest)
+        teacher = teacher_stage(plan, store.space, config.seed, rest)
+        made = Made(model, teacher, declared)
+        return _finish(made, plan, store, randomness, ledger, run, receipt, team.size, canaries)
 
 
-def _canaries(plan: TrainPlan, run: RunFolder, randomness: Randomness) -> RunCanaries | None:
-    scans = plan.recipe.dpsgd.scans_per_patient
-    return make_canaries(plan.privacy, plan.recipe.canaries, scans, run.path, randomness.source("canaries"))
+def _canaries(plan: TrainPlan, store: CohortStore, run: RunFolder, randomness: Randomness) -> RunCanaries | None:
+    scans, source = plan.recipe.dpsgd.scans_per_patient, randomness.source("canaries")
+    return make_canaries(plan.privacy, plan.recipe.canaries, store.space, scans, run.path, source)
 
 
 def _charge(ledger: Ledger, run: RunFolder, plan: TrainPlan, canaries: RunCanaries | None) -> Receipt:
@@ -204,13 +229,13 @@ def _dpsgd_stage(
         progress=progress,
         on_step=on_step,
         team=team,
-        canaries=canaries.steps if canaries else None,
+        canaries=canaries.steps[DPSGD] if canaries else None,
         memory_gib=config.memory_gib,
     )
 
 
 def _finish(
-    model: ConditionalVAE,
+    made: Made,
     plan: TrainPlan,
     store: CohortStore,
     randomness: Randomness,
@@ -222,10 +247,15 @@ def _finish(
 ) -> dict[str, Any]:
     """Write the model, commit, then write the claim: a folder with privacy.json is a finished run."""
     card = make_card(store.space, plan.recipe)
-    written = write_release(run.path / "model", ModelRelease(weights=state_arrays(model), card=card))
+    weights = state_arrays(made.model)
+    if made.teacher is not None:
+        weights |= state_arrays(made.teacher, TEACHER_PREFIX)
+    written = write_release(run.path / "model", ModelRelease(weights=weights, card=card))
     _commit(ledger, run.run_id, f"weights {written['weights_sha256']}")
     claim = privacy_claim(plan.privacy, store.space, randomness, receipt, run.fingerprint, plan.warnings, plan.asked)
     claim["processes"] = processes
+    if made.public is not None:
+        claim |= public_cohort(claim, made.public.facts())
     if canaries is not None:
         binding = {"receipt_digest": receipt.digest, "weights_sha256": written["weights_sha256"]}
         write_json(run.path / "canary.json", canaries.document(binding))
@@ -290,7 +320,7 @@ def _alone(private: Path) -> Iterator[None]:
         yield
 
 
-def _run_facts(cohort: Path, config: TrainConfig, store: CohortStore) -> dict[str, Any]:
+def _run_facts(cohort: Path, config: TrainConfig, store: CohortStore, public: PublicCohort | None) -> dict[str, Any]:
     location = Path(os.path.abspath(cohort))
     return {
         "schema": RUN_SCHEMA,
@@ -298,6 +328,7 @@ def _run_facts(cohort: Path, config: TrainConfig, store: CohortStore) -> dict[st
         **ledger_facts(location),
         "fingerprint": store.fingerprint(),
         "config": json.loads(config.model_dump_json()),
+        "public": None if public is None else public.fingerprint,
     }
 
 
@@ -314,6 +345,8 @@ def _read_run(out: Path, now: Mapping[str, Any]) -> dict[str, Any]:
         )
     if then.get("fingerprint") != now["fingerprint"]:
         raise RunError("the run was begun on another cohort, or the cohort has changed: start a new run")
+    if then.get("public") != now["public"]:
+        raise RunError("the run was begun with another public cohort, or that one has changed: start a new run")
     return then
 
 

@@ -197,6 +197,14 @@ class CohortStore:
         """Return the label maps of the given rows in the given order, (B, *spatial), or None where there are none."""
         return None if self._masks is None else np.asarray(self._masks[np.asarray(rows, dtype=np.int64)])
 
+    def scan_digests(self) -> frozenset[bytes]:
+        """Return SHA-256 of every scan's image, to compare two cohorts in memory; never to be stored or shown.
+
+        Scans of one value throughout are nobody's and are left out.
+        """
+        whole = (image for image in self._images if image.min() != image.max())
+        return frozenset(hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in whole)
+
     def fingerprint(self) -> str:
         """Return HMAC-SHA256 over images, masks and index under the cohort's own random key, as hex.
 
