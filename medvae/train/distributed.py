@@ -17,6 +17,7 @@ from medvae.errors import RunError
 from medvae.nets.build import build_model
 from medvae.train.engine.tuner import Tuner
 from medvae.train.loop import make_engine, progress_of
+from medvae.train.patterns import joined, make_patterns
 from medvae.train.planning import TrainPlan
 from medvae.train.randomness import Randomness
 from medvae.train.sampler import PatientSampler
@@ -78,6 +79,9 @@ def _serve(team: Team, job: Mapping[str, Any]) -> None:
     tuner = Tuner(fixed="loop" if job["repeatable"] else None)
     engine = make_engine(model, plan, model.latent_dim, store.space, settings, tuner, job["memory_gib"])
     sampler = PatientSampler(store, store.patients("train"), plan.sample_rate, settings.scans_per_patient)
+    if plan.private and recipe.canaries.enabled and recipe.canaries.patterns:  # their walks pass through here too
+        made_up = make_patterns(store.space, recipe.canaries.patterns, settings.scans_per_patient)
+        sampler = joined(sampler, made_up)
     team.share_weights([*model.state_dict().values(), *progress_of(model)])
     while (share := team.receive_share(model.latent_dim)) is not None:
         rows, latent = share

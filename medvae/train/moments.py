@@ -114,6 +114,9 @@ class Canaries(Protocol):
     def saw(self, name: str, noised: Array) -> None:
         """Look at what became of their coordinates (m,)."""
 
+    def rehearse(self, name: str, contribution: Callable[[Batch], Tensor | Grouped], noise_multiplier: float) -> None:
+        """Take made-up scans, and no patient's, the way of a release that was just made."""
+
 
 def clipped_sum(vectors: Tensor, patient: npt.NDArray[np.int64]) -> Tensor:
     """Return the sum over patients (D,) of averages over their scans' vectors (B, D), each of norm at most 1."""
@@ -253,7 +256,10 @@ class _Fit:
 
     def release(self, name: str, contribution: Callable[[Batch], Tensor | Grouped]) -> Array:
         multiplier = self.noise_multipliers[name]
-        return noisy_sum(self.scans, contribution, multiplier, self.noise, name, self.canaries)
+        released = noisy_sum(self.scans, contribution, multiplier, self.noise, name, self.canaries)
+        if self.canaries is not None:
+            self.canaries.rehearse(name, contribution, multiplier)
+        return released
 
     def residual(self, batch: Batch) -> Tensor:
         """Return the coefficients (B, C, *basis) of what the mean so far leaves over."""

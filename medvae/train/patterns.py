@@ -185,8 +185,7 @@ class StepWalks:
         The other processes of a team take their share as of any step, and then wait for weights.
         """
         source = randomness.source(self._stream, step)
-        drawn = replace(sampler, patients=FIRST + self.patterns.patients, canaries=_NOBODY, sample_rate=1.0)
-        rows = drawn.draw_patients(source)
+        rows = sampler.choose_scans(FIRST + self.patterns.patients, source)
         latent = LATENT_SCALE * torch.randn(
             sum(map(len, rows)), latent_dim, generator=randomness.latent(self._stream, step)
         )
@@ -277,6 +276,3 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
-
-
-_NOBODY: IntArray = np.zeros(0, dtype=np.int64)

@@ -58,8 +58,11 @@ class PatientSampler:
     def draw_patients(self, source: NoiseSource) -> list[IntArray]:
         """Return the rows of one step as one array a drawn patient, in the order of `load`."""
         everyone = np.concatenate([self.patients, self.canaries])
-        drawn = np.sort(everyone[source.mask(len(everyone), self.sample_rate)])
-        return [self._scans_of(patient, source) for patient in drawn]
+        return self.choose_scans(np.sort(everyone[source.mask(len(everyone), self.sample_rate)]), source)
+
+    def choose_scans(self, patients: IntArray, source: NoiseSource) -> list[IntArray]:
+        """Return the rows that these patients give, one array each: all of theirs, or as many as a patient may give."""
+        return [self._scans_of(patient, source) for patient in patients]
 
     def load(self, rows: IntArray) -> Batch:
         """Return the scans of the rows as a batch; no row at all is a batch of no scans."""

@@ -2,7 +2,8 @@
 
 A build is one fault in a program that says that it is private. `run` says which small run shows it; `finder` which
 check is meant for it: "scores" (the accusation test), "conformance" (noise, draws and lengths on the canaries'
-coordinates), "structure" (a check before the first scan, at the gate or of the claim) or "leak test".
+coordinates), "patterns" (patterned patients on the model's own path), "structure" (a check before the first scan, at
+the gate or of the claim) or "leak test".
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import torch
 
 from medvae.dp.noise import NoiseSource
 from medvae.train import loop, moments
+from medvae.train.canary import PhantomLoss
 from medvae.train.engine import module
 from medvae.train.optimizer import PatientDPOptimizer
 from medvae.train.randomness import Randomness
 from medvae.train.sampler import PatientSampler
+from medvae.types import Batch
+from medvae.vault.store import CohortStore
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-Finder = Literal["scores", "conformance"]
+Finder = Literal["scores", "conformance", "patterns"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,102 @@ def _engine(change: Callable[[Callable[..., Any], Any, tuple[Any, ...]], Any]) -
         mp.setattr(module.BookkeepingModule, "clipped_sum", lambda self, *given: change(original, self, given))
 
     return patch
+
+
+def _on_the_model(change: Callable[[Callable[..., Any], Any, tuple[Any, ...]], Any]) -> Patch:
+    """The same, for the model's engine alone: the canaries' own coordinates are treated as they should be."""
+
+    def own(original: Callable[..., Any], self: Any, given: tuple[Any, ...]) -> Any:
+        return original(self, *given) if isinstance(self._module, PhantomLoss) else change(original, self, given)
+
+    return _engine(own)
+
+
+def _wrong_layout(original: Callable[..., Any], self: Any, given: tuple[Any, ...]) -> Any:
+    sums, norms, losses = original(self, *given)
+    return [s.flip(0) if s is not None and s.dim() == 4 else s for s in sums], norms, losses
+
+
+def _model_by_scan(mp: pytest.MonkeyPatch) -> None:
+    original = module.BookkeepingSampler.clipped_sum
+
+    def clipped_sum(self: Any, batch: Batch, latent: torch.Tensor) -> Any:
+        if not isinstance(self._module._module, PhantomLoss):
+            batch = batch._replace(patient=np.arange(len(batch.patient)))
+        return original(self, batch, latent)
+
+    mp.setattr(module.BookkeepingSampler, "clipped_sum", clipped_sum)
+
+
+def _model_noise(change: Callable[[torch.Tensor, dict[int, torch.Tensor], int], torch.Tensor]) -> Patch:
+    """Patch the noise of the parameters between the canaries' two layers: change(noise, memory, index)."""
+
+    def patch(mp: pytest.MonkeyPatch) -> None:
+        original, memory = PatientDPOptimizer.add_noise, dict[int, torch.Tensor]()
+
+        def add_noise(self: Any) -> None:
+            bare = [p.summed_grad.clone() for p in self.params]
+            original(self)
+            for index, parameter in list(enumerate(self.params))[1:-1]:
+                noise = change(parameter.grad - bare[index].view_as(parameter), memory, index)
+                parameter.grad = bare[index].view_as(parameter) + noise
+
+        mp.setattr(PatientDPOptimizer, "add_noise", add_noise)
+
+    return patch
+
+
+def _loads(change: Callable[[Batch], Batch]) -> Patch:
+    """Patch what the cohort's store loads."""
+
+    def patch(mp: pytest.MonkeyPatch) -> None:
+        original = CohortStore.load
+        mp.setattr(CohortStore, "load", lambda self, rows: change(original(self, rows)))
+
+    return patch
+
+
+def _two_identifiers(batch: Batch) -> Batch:
+    later = np.arange(len(batch.patient)) > np.searchsorted(batch.patient, batch.patient)
+    return batch._replace(patient=2 * batch.patient + later)
+
+
+def _next_condition(batch: Batch) -> Batch:
+    return batch._replace(condition=np.roll(batch.condition, 1, axis=0))
+
+
+def _centred(batch: Batch) -> Batch:
+    return batch._replace(x=(batch.x - batch.x.mean()).astype(np.float32))
+
+
+def _unclipped(original: Callable[..., Any], self: Any, given: tuple[Any, ...]) -> Any:
+    return original(self, *given[:3], 1e30, *given[4:])
+
+
+def _twice_the_bound(original: Callable[..., Any], self: Any, given: tuple[Any, ...]) -> Any:
+    return original(self, *given[:3], 2 * given[3], *given[4:])
+
+
+def _scan_twice(mp: pytest.MonkeyPatch) -> None:
+    original = CohortStore.rows
+
+    def rows(self: CohortStore, patients: Any) -> np.ndarray:
+        found = original(self, patients)
+        return np.concatenate([found[:1], found])
+
+    mp.setattr(CohortStore, "rows", rows)
+
+
+def _noise_behind_the_release(mp: pytest.MonkeyPatch) -> None:
+    """Noise on the canaries' coordinates alone."""
+    original = moments.noisy_sum
+
+    def noisy_sum(scans: Any, contribution: Any, noise: float, source: Any, name: str, canaries: Any) -> Any:
+        seen = 0 if canaries is None else len(canaries._coins)
+        late = _Other(source, lambda s, n: np.concatenate([np.zeros(n - seen), s.normal(seen)]))
+        return original(scans, contribution, noise, late, name, canaries)
+
+    mp.setattr(moments, "noisy_sum", noisy_sum)
 
 
 def _bound_times(factor: float) -> Patch:
@@ -308,6 +408,21 @@ DPSGD: tuple[Build, ...] = (
     Build("fixed number of patients a step", "conformance", "dpsgd", _draw(_fixed), Sim(draw="fixed")),
     Build("patients in fixed order", "conformance", "dpsgd", _draw(_in_order), Sim(draw="in order")),
     Build("divided by the patients drawn", "conformance", "dpsgd", _realised_divisor),
+    Build("no clip on the model alone", "patterns", "dpsgd", _on_the_model(_unclipped)),
+    Build("clip at twice the bound on the model alone", "patterns", "dpsgd", _on_the_model(_twice_the_bound)),
+    Build("clip by scan on the model alone", "patterns", "dpsgd", _model_by_scan),
+    Build("per-sample gradients wrong by layout, unchecked", "patterns", "dpsgd", _on_the_model(_wrong_layout)),
+    Build("no noise on a parameter in the middle", "patterns", "dpsgd", _unnoised(2)),
+    Build("noise times 0.9 on the model alone", "patterns", "dpsgd", _model_noise(lambda z, _m, _i: 0.9 * z)),
+    Build(
+        "the same noise at every step on the model alone",
+        "patterns",
+        "dpsgd",
+        _model_noise(lambda z, memory, i: memory.setdefault(i, z)),
+    ),
+    Build("loader gives a scan twice", "patterns", "dpsgd", _scan_twice),
+    Build("loader takes one patient for two", "patterns", "dpsgd", _loads(_two_identifiers)),
+    Build("loader centres scans over the batch", "patterns", "dpsgd", _loads(_centred)),
 )
 RELEASES: tuple[Build, ...] = (
     Build("releases without noise", "scores", "moments", _release_noise(0.0)),
@@ -315,5 +430,10 @@ RELEASES: tuple[Build, ...] = (
     Build("one release without noise", "conformance", "moments", _release_noise(0.0, "norms")),
     Build("releases clipped by scan", "scores", "moments", _release_by_scan),
     Build("releases not clipped", "scores", "moments", _release_unclipped),
+    Build("releases with noise on the canaries alone", "patterns", "moments", _noise_behind_the_release),
+    Build("releases of a scan taken twice", "patterns", "moments", _scan_twice),
+    Build("releases of one patient taken for two", "patterns", "moments", _loads(_two_identifiers)),
+    Build("releases by the next scan's condition", "patterns", "moments", _loads(_next_condition)),
+    Build("releases centred over the batch", "patterns", "moments", _loads(_centred)),
 )
 ALL = DPSGD + RELEASES

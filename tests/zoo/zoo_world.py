@@ -18,9 +18,11 @@ from medvae.dp.accounting import calibrate_noise, pld_epsilon
 from medvae.dp.canaries import ACCUSATION_LEVEL, CONFORMANCE_LEVEL
 from medvae.dp.conformance import ANSWERS, Watch, answers
 from medvae.dp.tradeoff import miss_bound
+from medvae.dp.walks import WALK_ANSWERS, WalkWatch, walk_answers
 from medvae.errors import MedvaeError
 from medvae.train import loop, moments
 from medvae.train.canary import ReleaseCanaries, StepCanaries
+from medvae.train.patterns import ReleaseWalks, StepWalks, make_patterns, walk_steps
 from medvae.train.randomness import make_randomness
 from medvae.train.sampler import PatientSampler
 from medvae.types import Batch, Condition, ImageSpace, Intensity, Mechanism, PrivacyPlan
@@ -65,15 +67,19 @@ class Scans:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the checks said of one run: accused by scores, failing answers of conformance, or the refusal to run."""
+    """What the checks said of one run: accused by scores, failing answers, or the refusal to run.
+
+    failing: of conformance on the canaries' coordinates; walked: of patterned patients on the model's own path.
+    """
 
     accused: bool = False
     failing: tuple[str, ...] = ()
+    walked: tuple[str, ...] = ()
     refused: str = ""
 
     @property
     def found(self) -> bool:
-        return self.accused or bool(self.failing) or bool(self.refused)
+        return self.accused or bool(self.failing) or bool(self.walked) or bool(self.refused)
 
 
 @cache
@@ -90,15 +96,18 @@ def release_claim() -> tuple[Mechanism, ...]:
     return tuple(Mechanism(n, noise) for n in moments.RELEASES)
 
 
-def outcome(watches: Sequence[Watch]) -> Outcome:
+def outcome(watches: Sequence[Watch], walks: Sequence[WalkWatch] = ()) -> Outcome:
     """Judge what was seen as `medvae.dp.canaries.judge` does, without the estimates, which take longer."""
     coins, mechanisms = watches[0].coins, [w.mechanism for w in watches]
     scores = np.clip(np.sum([w.scores for w in watches], axis=0), -1e12, 1e12)
     threshold, tested, tossed = onerun.calibrated(scores, coins)
     rows = onerun.accusation(tested, tossed, [threshold], ACCUSATION_LEVEL, lambda a: miss_bound(mechanisms, a))
-    each, included = CONFORMANCE_LEVEL / (ANSWERS * len(watches)), int(coins.sum())
+    each, included = CONFORMANCE_LEVEL / ((ANSWERS + WALK_ANSWERS) * len(watches)), int(coins.sum())
     found = [a for w in watches for a in answers(w.record(), w.mechanism, included, len(coins) - included, each)]
-    return Outcome(any(r.accuses for r in rows), tuple(a.name for a in found if not a.ok))
+    due = {m.name: len(walk_steps(m.count)) for m in mechanisms}
+    walked = [a for w in walks for a in walk_answers(w.record(), w.mechanism, due[w.mechanism.name], each)]
+    failing = [tuple(a.name for a in answered if not a.ok) for answered in (found, walked)]
+    return Outcome(any(r.accuses for r in rows), *failing)
 
 
 def plan() -> PrivacyPlan:
@@ -112,9 +121,13 @@ def toss(count: int) -> np.ndarray:
     return np.random.default_rng().random(count) < 0.5
 
 
+def patterns():
+    return make_patterns(SPACE, 8, SCANS)
+
+
 def train_dpsgd(count: int = 1000, norm: type[nn.Module] | None = None, source: str = "os_entropy") -> Outcome:
     """Train for real, by the loop as it ships (or as a test has patched it), and judge the canaries."""
-    canaries = StepCanaries(toss(count), claim(), CLIP, SCANS)
+    canaries = StepCanaries(toss(count), claim(), CLIP, SCANS, StepWalks(patterns(), claim(), CLIP))
     sampler = PatientSampler(Scans(), np.arange(PATIENTS), RATE, SCANS)
     config = DpSgdConfig(enabled=True, steps=STEPS, sample_rate=RATE, learning_rate=1e-3, checkpoint_every=STEPS)
     with tempfile.TemporaryDirectory() as folder:
@@ -131,16 +144,18 @@ def train_dpsgd(count: int = 1000, norm: type[nn.Module] | None = None, source: 
             )
         except MedvaeError as error:
             return Outcome(refused=str(error))
-    return outcome([canaries.watch])
+    return outcome([canaries.watch], [canaries.walks.watch])
 
 
 def train_moments(count: int = 1000) -> Outcome:
     """Release the five sums of the closed form for real and judge the canaries."""
-    canaries = ReleaseCanaries(toss(count), release_claim(), SCANS)
+    randomness = make_randomness("os_entropy", 0)
+    source = randomness.source("moments")
+    walks = ReleaseWalks(patterns(), release_claim(), randomness.source("patterns"))
+    canaries = ReleaseCanaries(toss(count), release_claim(), SCANS, walks)
     noise = {m.name: m.noise_multiplier for m in release_claim()}
-    source = make_randomness("os_entropy", 0).source("moments")
     moments.fit_moments(Scans(), np.arange(PATIENTS), noise, SHAPES, noise=source, canaries=canaries)
-    return outcome(list(canaries.watches.values()))
+    return outcome(list(canaries.watches.values()), list(walks.watches.values()))
 
 
 def fresh_net() -> Net:
