@@ -101,6 +101,7 @@ class MomentsConfig(Frozen):
     coarse_shape: tuple[Count, ...] | None = None
     spectrum_weight: Probability | None = None
     public_clips: bool | None = None
+    mean_alone: bool | None = None
 
 
 class MixtureConfig(Frozen):

@@ -48,9 +48,9 @@ NUMBERS = frozenset(
         "average_decay", "baseline", "basis_shape", "batch_size", "beta", "budget", "channels", "checkpoint_every",
         "components", "confidence", "count", "delta", "dp_delta", "dp_epsilon", "enabled", "epsilon", "holdout",
         "intensity_high", "intensity_low", "latent_dim", "learning_rate", "mask_weight", "max_advantage",
-        "max_grad_norm", "max_reid_risk", "max_scans_per_patient", "mixtures", "noise_multiplier", "norm_groups",
+        "max_grad_norm", "max_reid_risk", "max_scans_per_patient", "max_unpacked_gib", "max_voxels", "mixtures", "noise_multiplier", "norm_groups",
         "patients", "releasable", "residual_units", "resume", "sample_rate", "scale", "scans_per_patient", "seed",
-        "shape", "share", "spacing_mm", "split_seed", "steps", "synthetic", "threads",
+        "shape", "share", "spacing_mm", "split_seed", "steps", "synthetic", "threads", "workers",
     }
 )  # fmt: skip
 """Parameters that may be written where their values are numbers (or short lists of them)."""
@@ -58,13 +58,18 @@ NUMBERS = frozenset(
 WORDS: Mapping[str, frozenset[str]] = {
     "accountant": frozenset({"pld", "prv"}),
     "device": frozenset({"auto", "cpu", "cuda"}),
-    "formats": frozenset({"nifti", "dicom", "png", "npz"}),
+    "formats": frozenset({"nifti", "dicom", "png", "npz", "huggingface", "viewer"}),
     "grad_sampler": frozenset({"bookkeeping", "functorch"}),
-    "intensity": frozenset({"auto", "window", "percentile"}),
+    "burned_in": frozenset({"note", "skip"}),
+    "colour": frozenset({"refuse", "luminance"}),
+    "frames": frozenset({"refuse", "first", "mean", "all"}),
+    "identical": frozenset({"note", "merge", "refuse"}),
+    "intensity": frozenset({"auto", "window", "percentile", "display"}),
     "likelihood": frozenset({"gaussian", "laplace", "bernoulli", "discretised_logistic"}),
     "neighboring": frozenset({"add-remove"}),
     "noise_source": frozenset({"os_entropy", "seeded"}),
-    "slice_gap": frozenset({"refuse", "skip"}),
+    "missing": frozenset({"refuse", "drop", "class"}),
+    "slice_gap": frozenset({"refuse", "skip", "resample"}),
     "tier": frozenset({"quick", "standard", "full"}),
     "unit": frozenset({"patient"}),
 }

@@ -46,13 +46,15 @@ class Condition:
     """One thing a scan is conditioned on. Class names and ranges are public, by declaration of the user.
 
     A class is encoded one-hot (width = number of classes); a continuous covariate is scaled from its public
-    range to [-1, 1] (width 1) and clipped there, so that its norm is bounded whatever the data hold.
+    range to [-1, 1] (width 1) and clipped there, so that its norm is bounded whatever the data hold. Ordered classes
+    are continuous, too: `levels` names the whole numbers from 0 on, and the range spans them.
     """
 
     name: str
     kind: Literal["class", "continuous"]
     classes: tuple[str, ...] = ()
     range: tuple[float, float] | None = None
+    levels: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -68,6 +70,8 @@ class Condition:
                 )
             return np.asarray([float(str(value) == c) for c in self.classes], dtype=np.float32)
         low, high = self._bounds()
+        if value in self.levels:
+            value = float(self.levels.index(str(value)))
         try:
             number = float(value)
         except ValueError:
@@ -94,7 +98,8 @@ class Condition:
         """Return the JSON form used in cohort.json and model.json, without the name."""
         if self.kind == "class":
             return {"kind": "class", "classes": list(self.classes)}
-        return {"kind": "continuous", "range": list(self._bounds())}
+        levels = {"levels": list(self.levels)} if self.levels else {}
+        return {"kind": "continuous", "range": list(self._bounds())} | levels
 
     @classmethod
     def from_json(cls, name: str, data: Mapping[str, Any]) -> Condition:
@@ -105,6 +110,7 @@ class Condition:
             kind=data["kind"],
             classes=tuple(data.get("classes", ())),
             range=None if bounds is None else (float(bounds[0]), float(bounds[1])),
+            levels=tuple(data.get("levels", ())),
         )
 
 

@@ -1,4 +1,4 @@
-"""MedMNIST-style .npz archives, read row by row, and folders of PNG or JPEG pictures."""
+"""MedMNIST-style .npz archives, read row by row."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from medvae.errors import CohortError
 from medvae.vault.discover import Found, strangers
-from medvae.vault.nifti import split_masks
-from medvae.vault.scan import MAX_PIXELS, MAX_VOXELS, Scan, Source, Split, Unusable, Volume, names_of, stem
+from medvae.vault.nifti import LUMINANCE
+from medvae.vault.scan import MAX_VOXELS, Rules, Scan, Source, Split, Volume
 
 PARTS: tuple[tuple[str, Split | None], ...] = (
     ("train_", "train"), ("val_", "holdout"), ("test_", "holdout"), ("", None),
@@ -24,6 +24,7 @@ ROW_NOTE = (
     "each row of the .npz counts as one patient, as it names none: if a person has several rows, epsilon protects a "
     "row and not the person"
 )
+MAX_CELL = 4096  # bytes of one value in a column
 TORN = "the .npz file is truncated or holds other things than plain arrays: save it again with numpy.savez"
 
 
@@ -71,10 +72,11 @@ def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def npz_source(found: Found) -> Source:
+def npz_source(found: Found, rules: Rules = Rules()) -> Source:  # noqa: B008 - frozen
     """List the rows of `[train_|val_|test_]images`, with labels, masks, patients and further columns beside them.
 
-    Arrays of val_ and test_ are held out. Raises CohortError for a torn file, pickled or colour arrays.
+    Arrays of val_ and test_ are held out. Raises CohortError for a torn file, pickled arrays, and colour where it is
+    refused.
     """
     path = found.files[0]
     try:
@@ -89,7 +91,7 @@ def npz_source(found: Found) -> Source:
             masks = RowStream(path, members[f"{prefix}masks"]) if f"{prefix}masks" in members else None
             columns = _columns(path, members, prefix, images.shape[0])
             streams.append(images)
-            scans += _rows(images, masks, columns, prefix, split if fixed else None)
+            scans += _rows(images, masks, columns, prefix, split if fixed else None, rules)
     except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile):
         raise CohortError(TORN) from None
     if not scans:
@@ -98,13 +100,22 @@ def npz_source(found: Found) -> Source:
     shape = streams[0].shape[1:]
     if len(shapes) > 1 or len({s.dtype for s in streams}) > 1:
         raise CohortError("the image arrays of the .npz differ in size or type: make them alike")
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[-1] in (3, 4)):
+    if _coloured(shape):
+        if rules.colour == "refuse":
+            raise CohortError(f"the images of the .npz have the shape {shape} in colour: give --colour luminance")
+        shape = shape[:-1]
+    if len(shape) not in (2, 3):
         raise CohortError(f"the images of the .npz have the shape {shape}: give grayscale images in 2D or 3D")
     own = any(s.patient is not None and not s.patient.startswith("\0row") for s in scans)
     return Source(
         "npz", len(shape), scans, shape=shape, window=_window(streams[0].dtype), skipped=strangers(found),
         unit_note="" if own else ROW_NOTE,
     )  # fmt: skip
+
+
+def _coloured(shape: tuple[int, ...]) -> bool:
+    """Whether rows of that shape are pictures in colour, as MedMNIST writes them: (rows, columns, 3)."""
+    return len(shape) in (3, 4) and shape[-1] in (3, 4)
 
 
 def _columns(path: Path, members: dict[str, str], prefix: str, count: int) -> dict[str, npt.NDArray[Any]]:
@@ -116,18 +127,33 @@ def _columns(path: Path, members: dict[str, str], prefix: str, count: int) -> di
             name = key.removeprefix(prefix)
             if not key.startswith(prefix) or name in ("images", "masks") or (not prefix and key.startswith((*others,))):
                 continue
+            if not _is_column(path, members[key], count):
+                if name in ("labels", "patients"):
+                    raise CohortError(f"the .npz has {count} images and {name} of another shape: give one a row")
+                continue
             values = archive[key]
             if values.ndim == 2 and values.shape[1] == 1:
                 values = values[:, 0]
-            if name in ("labels", "patients") and values.shape != (count,):
-                raise CohortError(f"the .npz has {count} images and {name} of the shape {values.shape}: give one a row")
-            if values.shape == (count,):
-                columns[name] = values
+            columns[name] = values
     return columns
 
 
+def _is_column(path: Path, member: str, count: int) -> bool:
+    """Whether an array has one value a row, by its header alone: a member may claim any size."""
+    with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    return shape in ((count,), (count, 1)) and dtype.itemsize <= MAX_CELL
+
+
 def _rows(
-    images: RowStream, masks: RowStream | None, columns: dict[str, npt.NDArray[Any]], prefix: str, split: Split | None
+    images: RowStream,
+    masks: RowStream | None,
+    columns: dict[str, npt.NDArray[Any]],
+    prefix: str,
+    split: Split | None,
+    rules: Rules,
 ) -> list[Scan]:
     count = images.shape[0]
     if masks is not None and masks.shape[0] != count:
@@ -138,8 +164,8 @@ def _rows(
     text = {name: [str(v) for v in values.tolist()] for name, values in columns.items()}
     return [
         Scan(
-            names=frozenset(),
-            read=partial(_read_row, images, masks, i),
+            files=(),
+            read=partial(_read_row, images, masks, i, _coloured(images.shape[1:]) and rules.colour == "luminance"),
             patient=f"\0row {prefix}{i}" if patients is None else str(patients[i]),
             attributes={name: values[i] for name, values in text.items()},
             split=split,
@@ -149,75 +175,12 @@ def _rows(
     ]
 
 
-def _read_row(images: RowStream, masks: RowStream | None, index: int) -> Volume:
+def _read_row(images: RowStream, masks: RowStream | None, index: int, coloured: bool) -> Volume:
     mask = None if masks is None else masks.row(index)
-    return Volume(images.row(index).astype(np.float32), mask=mask)
+    row = images.row(index)
+    return Volume((row[..., :3] @ LUMINANCE if coloured else row).astype(np.float32), mask=mask)
 
 
 def _window(dtype: np.dtype[Any]) -> tuple[float, float] | None:
     """Return the natural range of 8-bit samples; wider types have none that is meaningful."""
     return (0.0, 1.0) if dtype.kind == "b" else (0.0, 255.0) if dtype == np.uint8 else None
-
-
-def picture_source(found: Found) -> Source:
-    """List the pictures of a folder, with masks from masks/ or labels/."""
-    images, masks, skipped = split_masks(found)
-    scans = []
-    for path in images:
-        alone = sum(stem(p.name) == stem(path.name) for p in images) == 1 if masks else True
-        mask = masks.pop(stem(path.name), None) if alone else None
-        scans.append(Scan(names_of(path, found.root), partial(read_picture, path, mask), has_mask=mask is not None))
-    skipped["mask without an image"] += len(masks)
-    eight = all(_bits(p) == 8 for p in images)
-    table = found.tables[0] if len(found.tables) == 1 else None
-    return Source(
-        "png", 2, scans, window=(0.0, 255.0) if eight else None, table=table, skipped=strangers(found) + skipped
-    )
-
-
-def _bits(path: Path) -> int:
-    """Return 8 or 16 by the header alone; files that cannot be opened are judged when they are read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return 16 if image.mode.startswith(("I", "F")) else 8
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 8
-
-
-def read_picture(path: Path, mask: Path | None) -> Volume:
-    """Read one picture, (rows, columns); colour files are taken only where all channels are equal."""
-    image = _picture(path).astype(np.float32)
-    return Volume(image) if mask is None else Volume(image, mask=_picture(mask, labels=True))
-
-
-def _picture(path: Path, labels: bool = False) -> npt.NDArray[Any]:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Unusable("header claims an absurd size")
-            if image.mode == "1":
-                image = image.convert("L")  # type: ignore[assignment]
-            elif (
-                image.mode not in ("L", "F", "I")
-                and not image.mode.startswith("I;16")
-                and not (
-                    labels and image.mode == "P"  # a palette mask's indices are its labels
-                )
-            ):
-                image = image.convert("RGB")  # type: ignore[assignment]
-            array = np.asarray(image)
-    except Image.DecompressionBombError:
-        raise Unusable("header claims an absurd size") from None
-    except UnidentifiedImageError:
-        raise Unusable("not an image") from None
-    except (OSError, ValueError, SyntaxError, EOFError, zlib.error):
-        raise Unusable("truncated file") from None
-    if array.ndim == 3:
-        if (array != array[..., :1]).any():
-            raise Unusable("colour")
-        array = array[..., 0]
-    return array

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from medvae.errors import CohortError, ConfigError
 from medvae.types import Condition, ConditionValue
@@ -13,6 +14,7 @@ from medvae.vault.table import Row
 
 MAX_CLASSES = 20
 CLASSES_AT_MOST = 10  # a bare numeric column with more distinct values is a continuous covariate
+ABSENT = "missing"
 PUBLIC_RANGES = {"age": (0.0, 100.0)}  # years
 AGE = re.compile(r"(\d{1,3})([DWMY])")  # DICOM's AS, PS3.5 section 6.2
 YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
@@ -30,8 +32,34 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def settle_missing(specs: Sequence[str], rows: Sequence[Row], rule: str) -> tuple[list[Row], int]:
+    """Return the rows with missing values dealt with by the rule, and how many were dropped.
+
+    refuse: as they are, to be refused; drop: without the rows that miss a value; class: with the class "missing", for
+    classes only. Raises ConfigError where a continuous or ordered condition would need that class.
+    """
+    names = [spec.partition("=")[0].strip() for spec in specs]
+    absent = [[n for n in names if _lookup(row.values, n) is None] for row in rows]
+    if rule == "refuse" or not any(absent):
+        return list(rows), 0
+    if rule == "drop":
+        kept = [row for row, names in zip(rows, absent, strict=True) if not names]
+        return kept, len(rows) - len(kept)
+    lacking = {n for names in absent for n in names}
+    for spec in specs:
+        name, _, declared = (part.strip() for part in spec.partition("="))
+        if name in lacking and (":" in declared or "<" in declared or name.lower() in PUBLIC_RANGES):
+            raise ConfigError(
+                f"condition {name!r} is no plain class and has no class for missing values: drop the scans"
+            )
+    return [
+        replace(row, values={**row.values, **dict.fromkeys(names, ABSENT)})
+        for row, names in zip(rows, absent, strict=True)
+    ], 0
+
+
 def plan_conditions(specs: Sequence[str], rows: Sequence[Row]) -> tuple[Condition, ...]:
-    """Return the conditions asked for by NAME, NAME=LOW:HIGH or NAME=a|b|c, checked against every row.
+    """Return the conditions asked for by NAME, NAME=LOW:HIGH, NAME=a|b|c or NAME=a<b<c, checked against every row.
 
     Raises ConfigError for a spec that cannot be read or needs a public range, CohortError for missing or undeclared
     values, for more than 20 classes, and for a class that one patient holds alone.
@@ -48,7 +76,8 @@ def values_of(row: Row, conditions: Sequence[Condition]) -> dict[str, ConditionV
     found: dict[str, ConditionValue] = {}
     for condition in conditions:
         text = _lookup(row.values, condition.name) or ""
-        value = number(text) if condition.kind == "continuous" else text
+        plain = condition.kind == "class" or bool(condition.levels)
+        value = text if plain else number(text)
         if value is None or value == "":
             raise CohortError(f"condition {condition.name!r} has a value that is not a number: correct the table")
         found[condition.name] = value
@@ -58,7 +87,7 @@ def values_of(row: Row, conditions: Sequence[Condition]) -> dict[str, ConditionV
 def check_holders(conditions: Sequence[Condition], rows: Sequence[Row]) -> None:
     """Refuse a class held by one patient only: its mere existence would single that patient out."""
     for condition in conditions:
-        if condition.kind != "class":
+        if condition.kind != "class" and not condition.levels:
             continue
         holders: dict[str, set[str]] = defaultdict(set)
         for row in rows:
@@ -80,10 +109,16 @@ def _lookup(values: Mapping[str, str], name: str) -> str | None:
 def _condition(spec: str, rows: Sequence[Row]) -> Condition:
     name, _, declared = (part.strip() for part in spec.partition("="))
     if not name or ("=" in spec and not declared):
-        raise ConfigError("a condition cannot be read: give NAME, NAME=LOW:HIGH or NAME=a|b|c")
+        raise ConfigError("a condition cannot be read: give NAME, NAME=LOW:HIGH, NAME=a|b|c or NAME=a<b<c")
     texts = _texts(name, rows)
+    if "<" in declared:
+        levels = tuple(c.strip() for c in declared.split("<"))
+        _declared_classes(name, levels, texts, "<")
+        return Condition(name, "continuous", range=(0.0, len(levels) - 1.0), levels=levels)
     if "|" in declared:
         classes = tuple(c.strip() for c in declared.split("|"))
+        if ABSENT in texts and ABSENT not in classes:
+            classes = (*classes, ABSENT)
         return _declared_classes(name, classes, texts)
     if declared:
         return Condition(name, "continuous", range=_range(name, declared, texts))
@@ -112,14 +147,16 @@ def _texts(name: str, rows: Sequence[Row]) -> list[str]:
     if len(present) < len(texts):
         raise CohortError(
             f"{len(texts) - len(present)} of {len(texts)} scans have no value for condition {name!r}: fill them in, "
-            "or leave these scans out"
+            "or choose --missing drop or class"
         )
     return present
 
 
-def _declared_classes(name: str, classes: tuple[str, ...], texts: Sequence[str]) -> Condition:
+def _declared_classes(name: str, classes: tuple[str, ...], texts: Sequence[str], sign: str = "|") -> Condition:
     if len(set(classes)) < len(classes) or "" in classes or len(classes) > MAX_CLASSES:
-        raise ConfigError(f"condition {name!r}: give 2 to {MAX_CLASSES} different class names as {name}=a|b|c")
+        raise ConfigError(
+            f"condition {name!r}: give 2 to {MAX_CLASSES} different class names as {name}=a{sign}b{sign}c"
+        )
     foreign = sum(t not in classes for t in texts)
     if foreign:
         raise CohortError(

@@ -1,247 +1,254 @@
-"""DICOM trees: headers of allow-listed tags first, then series, then pixels one scan at a time.
-
-Coordinates are RAS millimetres inside medvae; DICOM's are LPS (PS3.3, C.7.6.2.1.1).
-"""
+"""DICOM trees: headers of allow-listed tags first, then stacks, then pixels one scan at a time."""
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from medvae.types import FloatArray, Progress
+from medvae.errors import CohortError
+from medvae.types import Progress
+from medvae.vault.dicom_geometry import Geometry, geometry, straighten
+from medvae.vault.dicom_header import Frame, Header, read_header
+from medvae.vault.dicom_pixels import read_frames
+from medvae.vault.dicom_seg import MISFIT, conflicting, read_mask
+from medvae.vault.dicom_series import stacks
 from medvae.vault.discover import Found, strangers
-from medvae.vault.scan import MAX_PIXELS, MAX_VOXELS, Scan, Source, Unusable, Volume, names_of
-from medvae.vault.series import Geometry, geometry
+from medvae.vault.pool import Map, one_by_one
+from medvae.vault.scan import Rules, Scan, Skipped, Source, Unusable, Volume, names_of
 
-ATTRIBUTES = {
-    "age": "PatientAge",
-    "sex": "PatientSex",
-    "modality": "Modality",
-    "contrast": "ContrastBolusAgent",
-    "body_part": "BodyPartExamined",
-    "manufacturer": "Manufacturer",
-    "slice_thickness": "SliceThickness",
-}
-HEADER_TAGS = (
-    *ATTRIBUTES.values(), "PatientID", "IssuerOfPatientID", "SeriesInstanceUID", "SOPInstanceUID", "Rows", "Columns",
-    "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelSpacing", "ImagerPixelSpacing",
-    "ImageOrientationPatient", "ImagePositionPatient",
-)  # fmt: skip
-PIXEL_TAGS = (
-    "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "PixelData", "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths", "FloatPixelData", "DoubleFloatPixelData",
-)  # fmt: skip
+CHUNK = 32  # headers a task
+DEFAULT = Rules()
 
 
-@dataclass(frozen=True, repr=False)
-class Header:
-    """What is read of one file before its pixels; spacing is (between rows, between columns) in mm."""
+@dataclass(repr=False)
+class _Tree:
+    """What the headers of a tree add up to."""
 
-    path: Path
-    series: str
-    instance: str
-    patient: str | None
-    rows: int
-    columns: int
-    orientation: tuple[float, ...] | None
-    position: tuple[float, ...] | None
-    spacing: tuple[float, ...] | None
-    attributes: dict[str, str]
+    found: Found
+    skipped: Skipped
+    series: dict[tuple[str, str], list[Header]] = field(default_factory=lambda: defaultdict(list))
+    masks: dict[str, list[Header]] = field(default_factory=lambda: defaultdict(list))
+    unused: set[str] = field(default_factory=set)
+    issuers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    def leave(self, reason: str, *files: str) -> None:
+        names = [self.found.name(Path(f)) for f in files]
+        self.skipped.leave(reason, *names)
+        for name in names:
+            self.unused |= names_of(name)
 
 
-def dicom_source(found: Found, dims: int | None, need_spacing: bool, progress: Progress | None = None) -> Source:
+def dicom_source(
+    found: Found,
+    dims: int | None,
+    need_spacing: bool,
+    progress: Progress | None = None,
+    rules: Rules = DEFAULT,
+    run: Map = one_by_one,
+) -> Source:
     """Group the files of a DICOM tree into scans.
 
-    dims: 2 makes every slice a scan, 3 every series; None decides by what most series are. Files and series that
+    dims: 2 makes every image a scan, 3 every stack; None decides by what most stacks are. Files and series that
     cannot be used are counted by reason; a 2D scan without PixelSpacing is used unless `need_spacing`.
     """
-    skipped = strangers(found)
-    unused: set[str] = set()
-    patients: set[str] = set()
-    series: dict[tuple[str, str], dict[str, Header]] = defaultdict(dict)
-    for done, path in enumerate(found.files, start=1):
-        if progress is not None:
-            progress(done, len(found.files))
-        try:
-            header = read_header(path)
-        except Unusable as verdict:
-            skipped[verdict.reason] += 1
-            unused |= names_of(path, found.root)
-            continue
-        group = series[header.patient or "", header.series or str(path)]
-        if header.instance in group:
-            skipped["duplicate file"] += 1
-            unused |= names_of(path, found.root)
-            continue
-        group[header.instance or str(path)] = header
-    groups = [list(g.values()) for g in series.values()]
+    tree = _read_tree(found, progress, rules, run)
+    parts: list[tuple[Header, list[Frame]]] = []
+    for headers in tree.series.values():
+        parts += _parts(headers, tree, rules)
     if dims is None:
-        several = sum(len(g) > 1 for g in groups)
-        dims = 3 if groups and 2 * several >= len(groups) else 2
+        several = sum(len(frames) > 1 for _, frames in parts)
+        dims = 3 if parts and 2 * several >= len(parts) else 2
+    wanted = parts if dims == 3 else [(h, [f]) for h, frames in parts for f in frames]
+    names = _patients(tree)
     scans: list[Scan] = []
-    for members in groups if dims == 3 else [[h] for g in groups for h in g]:
+    patients: set[str] = set()
+    used: set[str] = set()
+    for header, frames in wanted:
+        patient = names.get((header.patient, header.issuer))
         try:
-            scans.append(_scan(members, found.root, dims, need_spacing))
+            scan = _scan(header, frames, tree, dims, need_spacing, rules)
         except Unusable as verdict:
-            skipped[verdict.reason] += 1
-            unused |= {n for h in members for n in names_of(h.path, found.root)}
-            patients.add((members[0].patient or "").split("\0")[0])
-    unused -= {n for s in scans for n in s.names}
+            tree.leave(verdict.reason, *{f.file for f in frames})
+            patients.add(header.patient)
+            continue
+        used |= {header.series} if scan.has_mask else set()
+        scans.append(replace(scan, patient=patient))
+    for name, masks in tree.masks.items():
+        if name not in used:
+            for mask in masks:
+                tree.leave("mask without an image", mask.file)
     modalities = {s.attributes["modality"] for s in scans}
     modality = modalities.pop() if len(modalities) == 1 else "mixed" if modalities else "OT"
-    return Source("dicom", dims, scans, modality, spaced=True, unused=unused, unused_patients=patients, skipped=skipped)
+    return Source(
+        "dicom", dims, scans, modality, spaced=True, unused=tree.unused, unused_patients=patients,
+        skipped=tree.skipped, notes=_notes(tree),
+    )  # fmt: skip
 
 
-def _scan(group: Sequence[Header], root: Path, dims: int, need_spacing: bool) -> Scan:
-    if dims == 3 and len(group) < 2:
-        raise Unusable("a single slice where volumes are asked")
-    if (dims == 3 or need_spacing) and any(h.spacing is None for h in group):
-        raise Unusable("no PixelSpacing")
-    first = group[0]
-    if first.rows * first.columns * len(group) > MAX_VOXELS:
-        raise Unusable("header claims an absurd size")
-    where = geometry([(h.rows, h.columns, h.orientation, h.position, h.spacing) for h in group])
-    names = frozenset().union(*(names_of(h.path, root) for h in group))
-    read = partial(read_series, [group[i].path for i in where.order], where)
-    return Scan(names | {first.series} - {""}, read, first.patient, first.attributes)
+def _read_tree(found: Found, progress: Progress | None, rules: Rules, run: Map) -> _Tree:
+    tree = _Tree(found, strangers(found))
+    shared: dict[object, object] = {}  # one copy of what all images of a series say
+    instances: set[str] = set()
+    done = 0
+    chunks = (found.files[i : i + CHUNK] for i in range(0, len(found.files), CHUNK))
+    for verdicts in run(partial(_headers, rules=rules), chunks):
+        paths = found.files[done : done + CHUNK]
+        if verdicts is None:  # the process that read them died: one of them did it
+            alone = run(partial(_headers, rules=rules), ((p,) for p in paths))
+            verdicts = [v for one in alone for v in (one or ["decoder crashed"])]
+        for path, verdict in zip(paths, verdicts, strict=True):
+            done += 1
+            if progress is not None:
+                progress(done, len(found.files))
+            if isinstance(verdict, str):
+                tree.leave(verdict, str(path))
+                continue
+            if verdict.instance and verdict.instance in instances:
+                tree.leave("duplicate file", str(path))
+                continue
+            instances.add(verdict.instance)
+            if verdict.is_segmentation:
+                tree.masks[verdict.segmented_series].append(verdict)
+                continue
+            header = replace(
+                verdict,
+                series=sys.intern(verdict.series),
+                patient=sys.intern(verdict.patient),
+                attributes=shared.setdefault(verdict.attributes, verdict.attributes),  # type: ignore[arg-type]
+            )
+            if header.patient:
+                tree.issuers[header.patient].add(header.issuer)
+            tree.series[header.patient, header.series or header.file].append(header)
+    wrong = conflicting([m for masks in tree.masks.values() for m in masks])
+    if wrong:
+        raise CohortError(
+            f"{wrong} segment numbers stand for different things in different segmentations: number the segments alike"
+        )
+    return tree
 
 
-def read_header(path: Path) -> Header:
-    """Read the allow-listed tags of one file. Raises Unusable where it cannot be an image of a cohort."""
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
-    try:
-        with path.open("rb") as stream:
-            ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
-    except InvalidDicomError:
-        raise Unusable("not an image") from None
-    except EOFError:
-        raise Unusable("truncated file") from None
-    except Exception:  # pydicom raises many kinds on foreign bytes, all of them about this one file
-        raise Unusable("unreadable file") from None
-    try:
-        return _header(path, ds)
-    except Unusable:
-        raise
-    except Exception:  # element values are parsed on access, again with many kinds of error
-        raise Unusable("header cannot be read") from None
+def _headers(paths: Sequence[Path], rules: Rules) -> list[Header | str]:
+    found: list[Header | str] = []
+    for path in paths:
+        try:
+            found.append(read_header(path, rules))
+        except Unusable as verdict:
+            found.append(verdict.reason)
+        except OSError:
+            found.append("unreadable file")
+    return found
 
 
-def _header(path: Path, ds: Any) -> Header:
-    rows, columns = ds.get("Rows"), ds.get("Columns")
-    if not rows or not columns:
-        raise Unusable("no image size (Rows, Columns)")
-    if int(rows) * int(columns) > MAX_PIXELS:
-        raise Unusable("header claims an absurd size")
-    if int(ds.get("NumberOfFrames") or 1) > 1:
-        raise Unusable("multi-frame")
-    if int(ds.get("SamplesPerPixel") or 1) > 1 or ds.get("PhotometricInterpretation") == "PALETTE COLOR":
-        raise Unusable("colour")
-    patient = str(ds.get("PatientID") or "").strip()
-    issuer = str(ds.get("IssuerOfPatientID") or "").strip()
-    attributes = {k: str(ds.get(tag)).strip() for k, tag in ATTRIBUTES.items() if ds.get(tag) not in (None, "")}
-    attributes["contrast"] = "yes" if "contrast" in attributes else "no"
-    attributes.setdefault("modality", "OT")
-    return Header(
-        path=path,
-        series=str(ds.get("SeriesInstanceUID") or ""),
-        instance=str(ds.get("SOPInstanceUID") or ""),
-        # An issuer alone names nobody: all blank ids of one hospital would become one patient.
-        patient=f"{patient}\0{issuer}" if patient and issuer else patient or None,
-        rows=int(rows),
-        columns=int(columns),
-        orientation=_numbers(ds.get("ImageOrientationPatient"), 6),
-        position=_numbers(ds.get("ImagePositionPatient"), 3),
-        spacing=_spacing(ds),
-        attributes=attributes,
-    )
+def _parts(headers: Sequence[Header], tree: _Tree, rules: Rules) -> Iterator[tuple[Header, list[Frame]]]:
+    """Yield the scans of one series as (a header that speaks for it, its images)."""
+    placed = {h.file: h for h in headers if not h.unplaced}
+    found, copies = stacks([f for h in placed.values() for f in h.frames], partial(_same_pixels, rules=rules))
+    for copy in copies:
+        tree.leave("same pixels as another file", copy.file)
+    for frames in found:
+        yield placed[frames[0].file], frames
+    for header in headers:
+        if header.unplaced:
+            yield from _by_rule(header, tree, rules)
 
 
-def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    if value is None or len(value) != count:
-        return None
-    numbers = tuple(float(v) for v in value)
-    return numbers if np.isfinite(numbers).all() else None
-
-
-def _spacing(ds: Any) -> tuple[float, ...] | None:
-    """Return PixelSpacing, or for projections ImagerPixelSpacing; None unless both numbers are above zero."""
-    for tag in ("PixelSpacing", "ImagerPixelSpacing"):
-        spacing = _numbers(ds.get(tag), 2)
-        if spacing is not None and min(spacing) > 0:
-            return spacing
-    return None
-
-
-def read_series(paths: Sequence[Path], where: Geometry) -> Volume:
-    """Decode the slices in order along the normal into a volume (columns, rows, slices) with its RAS affine."""
-    return Volume(np.stack([read_slice(path).T for path in paths], axis=-1), where.affine)
-
-
-def read_slice(path: Path) -> FloatArray:
-    """Decode one image, (rows, columns) float32 in modality units: rescaled, MONOCHROME1 turned so that more is
-    brighter, padding set to the least value beside it."""
-    import pydicom
-    from pydicom.pixels import apply_modality_lut
-
-    try:
-        ds = pydicom.dcmread(path, specific_tags=list(PIXEL_TAGS))
-        if not any(t in ds for t in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-            raise Unusable("no pixel data")
-        _check_length(ds)
-        stored = ds.pixel_array
-        padding = _padding(ds, stored)
-        values: FloatArray = apply_modality_lut(_upright(ds, stored), ds).astype(np.float32)
-    except Unusable:
-        raise
-    except EOFError:
-        raise Unusable("truncated file") from None
-    except Exception:  # decoders raise many kinds, all of them about this one file
-        raise Unusable("undecodable pixel data") from None
-    if padding is not None and padding.any() and not padding.all():
-        values[padding] = values[~padding].min()
-    return values
-
-
-def _check_length(ds: Any) -> None:
-    """Compare the bytes that are there with what the header claims, before any allocation."""
-    if "PixelData" not in ds:
+def _by_rule(header: Header, tree: _Tree, rules: Rules) -> Iterator[tuple[Header, list[Frame]]]:
+    """Yield what the config takes of several frames without a place: cine, dynamic and whole-slide images."""
+    if rules.frames == "refuse":
+        tree.leave("several frames and no rule for them", header.file)
         return
-    if not ds.PixelData:
-        raise Unusable("no pixel data")
-    if not ds.file_meta.TransferSyntaxUID.is_encapsulated:
-        claimed = (int(ds.Rows) * int(ds.Columns) * int(ds.BitsAllocated) + 7) // 8
-        if len(ds.PixelData) < claimed:
-            raise Unusable("truncated file")
+    wanted = {"first": [0], "mean": [-1], "all": range(header.unplaced)}[rules.frames]
+    for i in wanted:
+        yield header, [replace(header.frames[0], index=i)]
 
 
-def _upright(ds: Any, stored: Any) -> Any:
-    """Turn MONOCHROME1, where the least stored value is shown white, over the range that BitsStored allows."""
-    if ds.get("PhotometricInterpretation") != "MONOCHROME1" or stored.dtype.kind == "f":
-        return stored
-    top = -1 if int(ds.PixelRepresentation) else 2 ** int(ds.BitsStored) - 1
-    return top - stored.astype(np.int64)
+def _same_pixels(one: Frame, other: Frame, rules: Rules) -> bool:
+    try:
+        (a,), (b,) = (read_frames(Path(f.file), [f.index], rules) for f in (one, other))
+    except Unusable:
+        return False
+    return np.array_equal(a, b)
 
 
-def _padding(ds: Any, stored: Any) -> Any:
-    """Return where the pixels are padding (PS3.3, C.7.5.1.1.2), or None."""
-    low = ds.get("PixelPaddingValue")
-    if low is None:
-        return None
-    ends = sorted(_signed(int(v), ds) for v in (low, ds.get("PixelPaddingRangeLimit", low)))
-    return (stored >= ends[0]) & (stored <= ends[-1])
+def _patients(tree: _Tree) -> dict[tuple[str, str], str]:
+    """Return the patient of every (id, issuer). An id that occurs with and without an issuer is one person: taking two
+    for one costs quality, and taking one for two costs privacy."""
+    return {
+        (patient, issuer): patient if "" in issuers or not issuer else f"{patient}\0{issuer}"
+        for patient, issuers in tree.issuers.items()
+        for issuer in issuers
+    }
 
 
-def _signed(value: int, ds: Any) -> int:
-    """Read a padding value that was written unsigned beside signed pixels, as some scanners do."""
-    bits = int(ds.BitsAllocated)
-    return value - 2**bits if int(ds.PixelRepresentation) and value >= 2 ** (bits - 1) else value
+def _scan(header: Header, frames: list[Frame], tree: _Tree, dims: int, need_spacing: bool, rules: Rules) -> Scan:
+    if dims == 3 and len(frames) < 2:
+        raise Unusable("a single slice where volumes are asked")
+    if (dims == 3 or need_spacing) and any(f.spacing is None for f in frames):
+        raise Unusable("no PixelSpacing")
+    if frames[0].rows * frames[0].columns * len(frames) > rules.max_voxels:
+        raise Unusable("header claims an absurd size")
+    where = geometry(frames, rules)
+    masks = tree.masks.get(header.series, [])
+    if len(masks) > 1:
+        raise Unusable("several segmentations of one series")
+    if masks and where.straight is not None:
+        raise Unusable(MISFIT)
+    mask = (Path(masks[0].file), masks[0].frames) if masks else None
+    ordered = tuple((frames[i].file, frames[i].index) for i in where.order)
+    files = tuple(dict.fromkeys(tree.found.name(Path(f)) for f, _ in ordered))
+    read = partial(read_stack, ordered, where, mask, rules)
+    return Scan(files, read, None, dict(header.attributes), has_mask=mask is not None, also=(header.series,))
+
+
+def read_stack(
+    ordered: Sequence[tuple[str, int]],
+    where: Geometry,
+    mask: tuple[Path, tuple[Frame, ...]] | None = None,
+    rules: Rules = DEFAULT,
+) -> Volume:
+    """Decode images, (file, index) in order along the normal, into (columns, rows, slices) with a RAS affine.
+
+    An index of -1 is the mean over all frames of the file.
+    """
+    names = {file for file, _ in ordered}
+    if len(names) == 1 and len(ordered) > 1:
+        images = read_frames(Path(names.pop()), [i for _, i in ordered], rules)
+    else:
+        images = [
+            read_frames(Path(file), [i], rules)[0] if i >= 0 else np.mean(read_frames(Path(file), None, rules), axis=0)
+            for file, i in ordered
+        ]
+    if len({image.shape for image in images}) > 1:
+        raise Unusable("slices of different size or spacing")
+    stack = np.stack([image.T for image in images], axis=-1)
+    if where.straight is not None:
+        stack = straighten(stack, where.straight)
+    if mask is None:
+        return Volume(stack, where.affine)
+    return Volume(stack, where.affine, read_mask(*mask, stack.shape, where.affine), where.affine)
+
+
+def _notes(tree: _Tree) -> list[str]:
+    headers = [h for group in tree.series.values() for h in group]
+    notes = []
+    burned = sum(h.burned_in for h in headers)
+    if burned:
+        notes.append(
+            f"{burned} images are of a kind that may show burned-in text (names, dates): look at them, or leave them "
+            "out with --burned-in skip"
+        )
+    merged = sum("" in issuers and len(issuers) > 1 for issuers in tree.issuers.values())
+    if merged:
+        notes.append(f"{merged} patient ids occur with and without an issuer: each counts as one patient")
+    pet = [h.suv for h in headers if dict(h.attributes)["modality"] == "PT"]
+    if pet and not all(pet):
+        notes.append(
+            f"{pet.count(False)} of {len(pet)} PET images stay in the units of their files: tags for SUV are missing"
+        )
+    return notes

@@ -42,6 +42,10 @@ def _intensity(src: Source, config: IngestConfig) -> Intensity:
     """Return the rule: CT and 8-bit samples have a public window, all else takes the scan's own percentiles."""
     public = CT_WINDOW_HU if src.modality == "CT" else src.window
     mode = config.intensity
+    if mode == "display":
+        if src.layout != "dicom" or config.intensity_low is not None or config.intensity_high is not None:
+            raise ConfigError("intensity display takes the window of DICOM headers: leave intensity_low and _high out")
+        return Intensity("window", 0.0, 1.0)
     if mode == "auto":
         given = config.intensity_low is not None or config.intensity_high is not None
         mode = "window" if public is not None or given else "percentile"

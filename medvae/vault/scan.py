@@ -24,6 +24,30 @@ Split = Literal["train", "holdout"]
 
 MAX_VOXELS = 2**28  # a gigabyte of float32: the largest scan that is decoded
 MAX_PIXELS = 2**26  # 8192 x 8192: the largest single image that is decoded
+MAX_LISTED = 100_000  # files in the private list of what was skipped
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the readers take and what they count and leave, from the config; see IngestConfig for the words."""
+
+    colour: Literal["refuse", "luminance"] = "refuse"
+    frames: Literal["refuse", "first", "mean", "all"] = "refuse"
+    slice_gap: Literal["refuse", "skip", "resample"] = "refuse"
+    burned_in: Literal["note", "skip"] = "note"
+    display: bool = False
+    max_voxels: int = MAX_VOXELS
+
+    @property
+    def max_pixels(self) -> int:
+        """The most pixels of a single image."""
+        return min(MAX_PIXELS, self.max_voxels)
+
+
+EXTENSIONS = (
+    ".nii.gz", ".nii", ".dcm", ".ima", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nrrd", ".nhdr", ".mha",
+    ".mhd",
+)  # fmt: skip
 
 REMEDIES: dict[str, str] = {
     "not an image": "give a folder of NIfTI, DICOM or PNG images, or an .npz file",
@@ -35,18 +59,33 @@ REMEDIES: dict[str, str] = {
     "no PixelSpacing": "export with spacing, or ingest in 2D without spacing_mm",
     "no slice position or orientation": "export with ImagePositionPatient and ImageOrientationPatient, or ingest in 2D",
     "no PatientID": "give a table with file and patient_id columns",
-    "mixed orientations": "keep one orientation a series, or set slice_gap to skip",
     "slices of different size or spacing": "keep one matrix size and spacing a series, or set slice_gap to skip",
-    "slice gaps or uneven spacing": "complete the series, or set slice_gap to skip",
+    "slice gaps or uneven spacing": "complete the series, or set slice_gap to skip or resample",
     "a single slice where volumes are asked": "ingest in 2D with a shape of two numbers",
     "a volume where single slices are asked": "give a shape of three numbers",
-    "colour": "convert to grayscale",
-    "multi-frame": "convert to single-frame objects or NIfTI",
-    "more than three dimensions": "split time series or channels into single volumes",
-    "header claims an absurd size": "check the file's header",
+    "colour": "give --colour luminance, or convert to grayscale",
+    "several frames and no rule for them": "give --frames first, mean or all",
+    "no scan but a plan, dose, report or the like": "give image objects",
+    "two slices at one place": "keep one acquisition a series",
+    "too long a hole in the series": "complete the series",
+    "compressed image of another size than its header": "export the files again from their archive",
+    "may show burned-in text": "clean the pixels, or set burned_in to note",
+    "no window in the header": "choose another intensity than display",
+    "segmentation that fits no series": "give the series it was drawn on, on the same grid",
+    "several segmentations of one series": "keep one segmentation a series",
+    "same pixels as another file": "one copy is used",
+    "same pixels as a scan of another patient": "the two patients are counted as one",
+    "unsafe name or link in an archive": "pack the folder again with plain files",
+    "archive within an archive": "unpack it first",
+    "unreadable archive": "pack the folder again, as zip or tar",
+    "data outside its own folder": "keep the pixel file beside its header",
+    "decoder crashed": "convert the files to an uncompressed transfer syntax",
+    "missing value of a condition": "fill the table in, or set missing to class",
+    "complex numbers": "give magnitudes",
+    "header claims an absurd size": "check the file's header, or raise max_voxels",
     "header cannot be read": "check or rewrite the file's header",
     "affine is singular or not finite": "repair the header's orientation",
-    "affine has shear (gantry tilt)": "resample to a rectangular grid first",
+    "affine has shear (gantry tilt)": "give --slice-gap resample, or resample to a rectangular grid first",
     "not finite": "replace NaN and infinite values",
     "constant": "leave empty images out, or choose a window that holds the tissue",
     "further channel": "one channel a scan is used",
@@ -55,7 +94,7 @@ REMEDIES: dict[str, str] = {
     "mask without an image": "give the image, too",
     "over max_scans_per_patient": "raise max_scans_per_patient",
 }
-GEOMETRY = frozenset({"mixed orientations", "slices of different size or spacing", "slice gaps or uneven spacing"})
+GEOMETRY = frozenset({"slices of different size or spacing", "slice gaps or uneven spacing"})
 
 
 class Unusable(Exception):
@@ -87,16 +126,23 @@ class Volume:
 class Scan:
     """One scan as found, before it is decoded.
 
-    names: what a table may call it; patient: the id the source itself gives, if any; attributes: allow-listed
-    values that may serve as conditions; split: where the source itself fixes it.
+    files: its files, as paths below the source's root; also: further names that a table may use; patient: the id the
+    source itself gives, if any; attributes: allow-listed values that may serve as conditions; split: where the source
+    itself fixes it.
     """
 
-    names: frozenset[str]
+    files: tuple[str, ...]
     read: Callable[[], Volume]
     patient: str | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
     split: Split | None = None
     has_mask: bool = False
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What a table may call it: made when it is asked for, as a large archive has millions of them."""
+        return frozenset().union(self.also, *map(names_of, self.files)) - {""}
 
 
 @dataclass(repr=False)
@@ -104,8 +150,8 @@ class Source:
     """All scans of a source, with the public facts that the preprocessing needs.
 
     shape: the scans' own shape where all have one (npz); window: the natural public range of the sample format,
-    such as (0, 255); spaced: whether millimetres are known; unused: names of files that were
-    seen but not used, and the patients known of them.
+    such as (0, 255); spaced: whether millimetres are known; unused: names of files that were seen but not used, and the
+    patients known of them; notes: what the reader has to say, in counts.
     """
 
     layout: str
@@ -118,20 +164,40 @@ class Source:
     table: Path | None = None
     unused: set[str] = field(default_factory=set)
     unused_patients: set[str] = field(default_factory=set)
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: Skipped = field(default_factory=lambda: Skipped())
     unit_note: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
-def names_of(path: Path, root: Path) -> frozenset[str]:
-    """Return what a table may call the file: path below root or bare name, each with and without extension."""
-    relative = path.relative_to(root).as_posix()
-    return frozenset({relative, path.name, stem(relative), stem(path.name)})
+class Skipped(Counter[str]):
+    """Counts by reason, with the files behind them as far as they are known: those go to the private list only."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.files: list[tuple[str, str]] = []
+
+    def leave(self, reason: str, *files: str, count: int = 1) -> None:
+        """Count a reason; remember the files, up to a bound."""
+        self[reason] += count
+        if len(self.files) < MAX_LISTED:
+            self.files += [(reason, f) for f in files]
+
+
+def names_of(relative: str) -> frozenset[str]:
+    """Return what a table may call a file: path below the root or bare name, each with and without extension."""
+    bare = relative.rpartition("/")[2]
+    return frozenset({relative, bare, stem(relative), stem(bare)})
+
+
+def below(path: Path, root: Path) -> str:
+    """Return a path below its root in the form that names are made of."""
+    return path.relative_to(root).as_posix()
 
 
 def stem(name: str) -> str:
     """Return the name without its image extension; .nii.gz counts as one."""
     lower = name.lower()
-    for extension in (".nii.gz", ".nii", ".dcm", ".ima", ".png", ".jpg", ".jpeg"):
+    for extension in EXTENSIONS:
         if lower.endswith(extension):
             return name[: -len(extension)]
     return name

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from medvae.errors import CohortError
 from medvae.types import Batch, FloatArray, ImageSpace, Private
 from medvae.vault.scan import Split
+from medvae.vault.workplace import Workplace
 
 SCHEMA = "medvae.cohort/1"
 LEVELS = 65535  # [0, 1] as uint16: a step of 1.5e-5, far below any scanner's noise
@@ -28,94 +28,115 @@ CHUNK = 2**22
 SPLITS: tuple[Split, Split] = ("train", "holdout")
 
 
-def check_free(out: Path) -> None:
-    """Raise CohortError unless `out` is missing or an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CohortError("the output folder is not empty: give a new folder, or empty it first")
-
-
 class CohortWriter:
     """Writes a cohort folder scan by scan into a hidden sibling and renames it at the end.
 
-    Leaving the block by an error or Ctrl-C, or without `finish`, removes everything. The arrays are appended with
-    plain writes and not through a memory map, so that a full disk is an OSError and not a crash.
+    Leaving the block by an error or without `finish` removes everything; Ctrl-C leaves it to be gone on with, where a
+    `place` with a story is given. The arrays are appended with plain writes and not through a memory map, so that a
+    full disk is an OSError and not a crash.
     """
 
-    def __init__(self, out: Path, shape: tuple[int, ...], masks: bool) -> None:
-        check_free(out)
-        self._out = out.resolve()
-        self._partial = self._out.parent / f".{self._out.name}.partial"
+    def __init__(self, out: Path, shape: tuple[int, ...], masks: bool, place: Workplace | None = None) -> None:
+        self._own = Workplace(out) if place is None else None
+        self._place = place or self._own
         self._shape = shape
         self._with_masks = masks
         self._patients: list[int] = []
         self._conditions: list[FloatArray] = []
-        self._finished = False
+        self._images: _Appender | None = None
+        self._masks: _Appender | None = None
 
     def __enter__(self) -> CohortWriter:
-        shutil.rmtree(self._partial, ignore_errors=True)
-        try:
-            self._partial.mkdir(parents=True, mode=0o700)
-        except (FileExistsError, NotADirectoryError, PermissionError):
-            raise CohortError("the output folder cannot be made here: give a path that may be written") from None
-        try:
-            self._images = _Appender(self._partial / "images.npy", np.dtype("<u2"), self._shape)
-            self._masks = (
-                _Appender(self._partial / "masks.npy", np.dtype("|u1"), self._shape) if self._with_masks else None
-            )
-        except BaseException:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            raise
+        if self._own is not None:
+            self._own.__enter__()
+            self.open()
         return self
 
+    def open(self, rows: int = 0) -> None:
+        """Begin after `rows` scans that an interrupted run has written. Raises OSError where they are not there."""
+        folder = self._folder
+        self._images = _Appender(folder / "images.npy", np.dtype("<u2"), self._shape, rows)
+        if self._with_masks:
+            self._masks = _Appender(folder / "masks.npy", np.dtype("|u1"), self._shape, rows)
+
+    @property
+    def _folder(self) -> Path:
+        if self._place is None:
+            raise ValueError("the writer has no place")
+        return self._place.folder
+
     def append(
-        self, image: FloatArray, mask: npt.NDArray[np.uint8] | None, patient: int, condition: FloatArray
+        self, image: npt.NDArray[Any], mask: npt.NDArray[np.uint8] | None, patient: int, condition: FloatArray
     ) -> None:
-        """Add one scan: image (*shape) in [0, 1], mask (*shape) of labels, the encoded condition (K,)."""
-        self._images.append(np.rint(image * np.float32(LEVELS)).astype("<u2"))
+        """Add one scan: image (*shape) as `levels` gives it, mask (*shape) of labels, the encoded condition (K,)."""
+        if self._images is None:
+            raise ValueError("the writer is not open")
+        self._images.append(image if image.dtype == np.uint16 else levels(image))
         if self._masks is not None and mask is not None:
             self._masks.append(mask)
+        self.remember(patient, condition)
+
+    def remember(self, patient: int, condition: FloatArray) -> None:
+        """Take note of a scan that an interrupted run has written."""
         self._patients.append(patient)
         self._conditions.append(condition)
 
-    def finish(self, info: Mapping[str, Any], sides: Mapping[int, Split]) -> None:
+    def finish(
+        self, info: Mapping[str, Any], sides: Mapping[int, Split], same: Mapping[int, int] | None = None
+    ) -> None:
         """Write index, key and, last, cohort.json; then give the folder its name.
 
-        sides: the split of every patient number that was appended; numbers become 0 to patients - 1.
+        sides: the split of every patient number that was appended; same: numbers that turned out to be another's.
+        Numbers become 0 to patients - 1.
         """
+        if self._images is None or self._place is None:
+            raise ValueError("the writer is not open")
         self._images.close()
         if self._masks is not None:
             self._masks.close()
-        numbers, patient = np.unique(np.asarray(self._patients, dtype="<i8"), return_inverse=True)
+        owners = [(same or {}).get(p, p) for p in self._patients]
+        numbers, patient = np.unique(np.asarray(owners, dtype="<i8"), return_inverse=True)
         split = np.asarray([SPLITS.index(sides[int(n)]) for n in numbers], dtype=np.uint8)
         index = io.BytesIO()
         condition = np.stack(self._conditions).astype("<f4")
         np.savez(index, patient=patient.astype("<i8"), split=split, condition=condition)
-        (self._partial / "index.npz").write_bytes(index.getvalue())
-        key = os.open(self._partial / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        (self._folder / "index.npz").write_bytes(index.getvalue())
+        key = os.open(self._folder / "key", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(key, "wb") as stream:
             stream.write(secrets.token_bytes(32))
         text = json.dumps(info, indent=2, allow_nan=False) + "\n"
-        (self._partial / "cohort.json").write_text(text, encoding="utf-8")
-        os.replace(self._partial, self._out)
-        self._finished = True
+        (self._folder / "cohort.json").write_text(text, encoding="utf-8")
+        self._place.deliver()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
-            self._images.abandon()
-            if self._masks is not None:
-                self._masks.abandon()
-            shutil.rmtree(self._partial, ignore_errors=True)
+        for appender in (self._images, self._masks):
+            if appender is not None:
+                appender.abandon()
+        if self._own is not None:
+            self._own.__exit__(kind, error, trace)
+
+
+def levels(image: FloatArray) -> npt.NDArray[np.uint16]:
+    """Return an image in [0, 1] as it is stored."""
+    stored: npt.NDArray[np.uint16] = np.rint(image * np.float32(LEVELS)).astype("<u2")
+    return stored
 
 
 class _Appender:
     """An .npy file that grows by rows; its header is written again with the final length."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        self._dtype, self._shape, self._rows = dtype, shape, 0
-        self._stream: IO[bytes] = path.open("wb")
-        self._stream.write(self._header())
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], rows: int = 0) -> None:
+        self._dtype, self._shape, self._rows = dtype, shape, rows
+        self._stream: IO[bytes] = path.open("r+b" if rows else "wb")
+        header = self._header()
+        end = len(header) + rows * int(np.prod(shape)) * dtype.itemsize
+        if rows and os.fstat(self._stream.fileno()).st_size < end:
+            raise OSError("rows are missing")
+        self._stream.truncate(end if rows else 0)
+        self._stream.write(header)
+        self._stream.seek(end)
 
     def _header(self) -> bytes:
         # numpy pads headers so that the first axis may grow in place.
@@ -128,6 +149,7 @@ class _Appender:
         if row.shape != self._shape or row.dtype != self._dtype:
             raise ValueError("a row of another shape or type")
         self._stream.write(np.ascontiguousarray(row).tobytes())
+        self._stream.flush()
         self._rows += 1
 
     def close(self) -> None:

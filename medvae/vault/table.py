@@ -145,13 +145,19 @@ def _match(table: Table, source: Source) -> list[list[int]]:
         )
     if len(set(keys)) < len(keys):
         raise CohortError(f"{len(keys) - len(set(keys))} rows of the table repeat another row's {what[:-1]}: keep one")
-    unclear = sum(len(lookup.get(k, ())) > 1 for k in keys) if what == "scans" else 0
+    unclear = sum(_several_owners(lookup.get(k, set()), source) for k in keys) if what == "scans" else 0
     if unclear:
         raise CohortError(f"{unclear} rows of the table name several files: give paths below the source folder")
     for row, key in enumerate(keys):
         for i in lookup.get(key, ()):
             owners[i].append(row)
     return owners
+
+
+def _several_owners(scans: set[int], source: Source) -> bool:
+    """Whether a name is that of several files: the volumes of one file or one patient's series may share one."""
+    found = [source.scans[i] for i in scans]
+    return len({s.files for s in found}) > 1 and (len({s.patient for s in found}) > 1 or found[0].patient is None)
 
 
 def _as_known(cell: str, known: set[str]) -> str:

@@ -3,32 +3,78 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from medvae.errors import CohortError
-from medvae.vault.scan import Volume
+from medvae.types import FloatArray
+from medvae.vault.scan import Skipped
 
 MAX_MASK_LABELS = 8
+Identical = Literal["note", "merge", "refuse"]
+
+
+def fingerprint(array: FloatArray) -> str:
+    """Return a hash of the voxels and their shape; it is compared and never published."""
+    mac = hashlib.blake2b(str(array.shape).encode(), digest_size=16)
+    mac.update(np.ascontiguousarray(array).data)
+    return mac.hexdigest()
 
 
 @dataclass(repr=False)
 class Tally:
-    """Counts of skipped scans, images that several patients share, and holders of mask labels."""
+    """Counts of skipped scans, images that several patients share, and holders of mask labels.
 
-    skipped: Counter[str]
-    seen: dict[bytes, str] = field(default_factory=dict)
+    identical: what an image means that occurs, voxel by voxel, under two patients. copies: whether an image that one
+    patient has twice is dropped.
+    """
+
+    skipped: Skipped
+    identical: Identical = "note"
+    copies: bool = False
+    seen: dict[bytes, int] = field(default_factory=dict)
     shared: int = 0
-    label_holders: dict[int, set[str]] = field(default_factory=dict)
+    same: dict[int, int] = field(default_factory=dict)
+    label_holders: dict[int, set[int]] = field(default_factory=dict)
 
-    def look(self, volume: Volume, labels: frozenset[int], patient: str) -> None:
-        """Notice images that occur, voxel by voxel, under more than one patient, and who holds which mask label."""
-        digest = hashlib.sha256(str(volume.array.shape).encode() + volume.array.tobytes()).digest()
-        if self.seen.setdefault(digest, patient) != patient:
+    def take(self, digest: str, labels: list[int], patient: int, files: tuple[str, ...]) -> bool:
+        """Look at one scan of a patient, by number; return whether it is kept."""
+        key = bytes.fromhex(digest)
+        owner = self.seen.get(key)
+        self.seen.setdefault(key, patient)
+        if owner is not None and self.person(owner) != self.person(patient):
             self.shared += 1
+            if self.identical == "merge":
+                low, high = sorted((self.person(owner), self.person(patient)))
+                self.same[high] = low
+                self.skipped.leave("same pixels as a scan of another patient", *files)
+                return False
+        elif owner is not None and self.copies:
+            self.skipped.leave("same pixels as another file", *files)
+            return False
         for label in labels:
             self.label_holders.setdefault(label, set()).add(patient)
+        return True
+
+    def person(self, patient: int) -> int:
+        """Return the number that stands for all patients that turned out to be this one."""
+        while patient in self.same:
+            patient = self.same[patient]
+        return patient
+
+    def people(self) -> dict[int, int]:
+        """Return the patients that are another's, and whose."""
+        return {p: self.person(p) for p in self.same}
+
+    def check_shared(self) -> None:
+        """Raise CohortError where patients share images and the config refuses that."""
+        if self.shared and self.identical == "refuse":
+            raise CohortError(
+                f"{self.shared} images are identical, voxel by voxel, to an image of another patient: give one person "
+                "one id, or choose --identical merge"
+            )
 
     def mask_labels(self) -> tuple[int, ...]:
         """Return the sorted labels. Raises CohortError for too many, or one that a single patient holds."""
@@ -36,7 +82,7 @@ class Tally:
             raise CohortError(
                 f"the masks hold {len(self.label_holders)} labels, more than {MAX_MASK_LABELS}: merge labels"
             )
-        alone = sum(len(h) == 1 for h in self.label_holders.values())
+        alone = sum(len({self.person(p) for p in h}) == 1 for h in self.label_holders.values())
         if alone:
             raise CohortError(
                 f"{alone} of {len(self.label_holders)} mask labels are held by one patient only, which would single "
@@ -48,9 +94,11 @@ class Tally:
         """Return warnings about what went by."""
         if not self.shared:
             return []
+        if self.identical == "merge":
+            return [f"{len(self.same)} patient ids share an image with another and count as the same patient"]
         return [
             f"{self.shared} images are identical, voxel by voxel, to an image of another patient: if these are one "
-            "person, epsilon does not protect them as one; check the patient ids"
+            "person, epsilon does not protect them as one; check the patient ids, or choose --identical merge"
         ]
 
     def reasons(self) -> list[dict[str, Any]]:

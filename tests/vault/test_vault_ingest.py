@@ -384,8 +384,8 @@ def test_too_few_patients(tmp_path: Path) -> None:
 # Nothing half-written
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_an_interrupt_or_full_disk_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
     write_nifti_cohort(tmp_path / "in")
 
     def stop(done: int, total: int) -> None:
