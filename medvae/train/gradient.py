@@ -59,7 +59,7 @@ class Compute:
     def laid_out(self, x: Tensor) -> Tensor:
         """Return x (B, C, ...) in the layout that convolutions compute in."""
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        return x if layout is None or not self.channels_last else x.contiguous(memory_format=layout)
+        return x if layout is None or not self.channels_last else x.to(memory_format=layout)
 
 
 FULL = Compute()

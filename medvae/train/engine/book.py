@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medvae.train.engine.segments import Segments
-from medvae.train.engine.strategies import SMALL, Found, Rows, norms_of, weighted_sum
+from medvae.train.engine.strategies import SMALL, Found, Rows, norms_of, summed, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Book:
                 sums[key] = weighted_sum(gradients, chosen, factors)
             else:
                 gradients = gradients if patients is None else gradients[patients]
-                sums[key] = torch.tensordot(factor, gradients, dims=1)
+                sums[key] = summed(factor, gradients)
         self._norms = {}
         return sums, norms
 

@@ -19,7 +19,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from medvae.errors import ConfigError
 from medvae.train.engine.book import Book, Deferred
-from medvae.train.engine.strategies import LAYOUTS, ConvCall, Found, Geometry, LinearCall
+from medvae.train.engine.convolution import ConvCall, Geometry
+from medvae.train.engine.strategies import LAYOUTS, Found, LinearCall
 from medvae.train.engine.tuner import Tuner
 
 
@@ -110,9 +111,9 @@ def _values(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 def _convolved(module: _ConvNd, x: Tensor, geometry: Geometry, desk: Desk, book: Book) -> Tensor:
     x = _cast(x)
     weight, bias = module.weight, module.bias
-    values = weight.detach().to(x.dtype)
-    if desk.channels_last and x.dim() in LAYOUTS:
-        values = values.contiguous(memory_format=LAYOUTS[x.dim()])
+    # `to`, unlike `contiguous`, lays out a single channel too: the kernel takes its layout from the strides.
+    layout = LAYOUTS.get(x.dim(), torch.preserve_format) if desk.channels_last else torch.preserve_format
+    values = weight.detach().to(x.dtype, memory_format=layout)
     biased = bias is not None and bias.requires_grad
 
     def compute() -> Tensor:
@@ -182,31 +183,53 @@ def _linear(module: nn.Linear, x: Tensor, desk: Desk, book: Book) -> Tensor:
     return _tapped(x, book, compute, write)
 
 
-def _group_norm(module: nn.GroupNorm, x: Tensor, _desk: Desk, book: Book) -> Tensor:
+def _group_norm(module: nn.GroupNorm, x: Tensor, desk: Desk, book: Book) -> Tensor:
     x = _dense(x)
+    if x.dtype == torch.bfloat16 and not x.is_contiguous():
+        # In this layout and precision the native backward pass takes ten times as long; two copies cost less.
+        return _group_norm(module, x.contiguous(), desk, book).contiguous(memory_format=LAYOUTS[x.dim()])
     weight, bias = module.weight, module.bias
-    batch, channels, places = len(x), x.shape[1], x[0, 0].numel()
     if x.is_contiguous():
+        batch, channels, places = len(x), x.shape[1], x[0, 0].numel()
         # A batch as one sample of many groups, with weights a scan: autograd's own gradients are then a scan's.
         weights, biases = (book.copies(p, batch, x.dtype) for p in (weight, bias))
         size, groups = (1, batch * channels, places), batch * module.num_groups
         return torch.native_group_norm(x.view(size), weights, biases, *size, groups, module.eps)[0].view(x.shape)
-    y, mean, scale = torch.native_group_norm(
-        x, _values(weight, x), _values(bias, x), batch, channels, places, module.num_groups, module.eps
-    )
+    return torch.as_tensor(_NormLast.apply(x, book.anchor, module, book))  # type: ignore[no-untyped-call]
 
-    def write(x: Tensor, gradient: Tensor) -> None:
-        # (B, places, C) is a view of what lies in memory; flattened the other way round it would be copied.
-        values, outward = (t.movedim(1, -1).reshape(batch, places, channels) for t in (x, gradient))
-        by_bias = outward.sum(1, dtype=torch.float32)
-        product = outward.to(torch.float32, copy=True).mul_(values).sum(1)
-        means, scales = (t.float().repeat_interleave(channels // module.num_groups, 1) for t in (mean, scale))
-        if weight.requires_grad:
-            book.keep_scans(weight, (product - by_bias * means) * scales)
-        if bias.requires_grad:
-            book.keep_scans(bias, by_bias)
 
-    return _tapped(x, book, lambda: y, write)
+class _NormLast(torch.autograd.Function):
+    """GroupNorm in channels_last, where no view tells scans apart: the native backward pass, a patient at a time.
+
+    It is asked for the input's gradient always: without, the kernel for this layout crashes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _anchor: Tensor, module: nn.GroupNorm, book: Book) -> Tensor:
+        weight, bias = (_values(p, x) for p in (module.weight, module.bias))
+        size = (len(x), x.shape[1], x[0, 0].numel())
+        y, *moments = torch.native_group_norm(x, weight, bias, *size, module.num_groups, module.eps)
+        ctx.save_for_backward(x, *moments)
+        ctx.module, ctx.book = module, book
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        x, mean, scale = ctx.saved_tensors
+        module, book, places = ctx.module, ctx.book, x[0, 0].numel()
+        gradient = gradient.to(memory_format=LAYOUTS[x.dim()])
+        by_input, rows = torch.empty_like(x), []
+        weight, mask = _values(module.weight, x), (True, True, True)
+        for start, stop in book.segments.bounds:
+            part = (t[start:stop] for t in (gradient, x, mean, scale))
+            size = (stop - start, x.shape[1], places, module.num_groups)
+            found = torch.ops.aten.native_group_norm_backward(*part, weight, *size, mask)
+            by_input[start:stop] = found[0]
+            rows.append(found[1:])
+        for parameter, some in zip((module.weight, module.bias), zip(*rows, strict=True), strict=True):
+            if parameter.requires_grad:
+                book.keep(parameter, Found(torch.stack(some)))
+        return by_input, None, None, None
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor, _desk: Desk, book: Book) -> Tensor:

@@ -79,8 +79,12 @@ class Segments:
     def products(self, left: Tensor, right: Tensor) -> Tensor:
         """Return for each patient the sum over scans and places of outer products, (P, m, n).
 
-        left: (B, places, m); right: (B, places, n).
+        left: (B, places, m); right: (B, places, n). Where a product is small beside its factors, it is taken a scan:
+        that copies no factor into a patient's order and is one call, whatever scans a patient has.
         """
+        places, m, n = left.shape[1], left.shape[2], right.shape[2]
+        if self.equal == 1 or m * n <= SHORT * places * min(m, n):
+            return self.sum(torch.bmm(left.transpose(1, 2), right))
         if self.equal is not None:
             left = left.reshape(self.patients, -1, left.shape[-1])
             right = right.reshape(self.patients, -1, right.shape[-1])
@@ -102,12 +106,17 @@ class Segments:
             pairs = [(t.reshape(self.patients, -1, t.shape[-1])) for t in (left, right)]
             grams = [torch.bmm(t, t.transpose(1, 2)) for t in pairs]
             found = (grams[0] * grams[1]).sum((1, 2))
+            sizes = [t.diagonal(dim1=1, dim2=2).sum(1) for t in grams]
         else:
             flat = [[t[a:b].flatten(0, 1) for a, b in self.bounds] for t in (left, right)]
-            found = torch.stack([((a @ a.T) * (b @ b.T)).sum() for a, b in zip(*flat, strict=True)])
-        sizes = self.sum(left.square().flatten(1).sum(1)) * self.sum(right.square().flatten(1).sum(1))
-        return found.clamp(min=0) + ROUNDING_ALLOWANCE**2 * sizes
+            single = [(a @ a.T, b @ b.T) for a, b in zip(*flat, strict=True)]
+            found = torch.stack([(a * b).sum() for a, b in single])
+            sizes = [torch.stack([t.trace() for t in some]) for some in zip(*single, strict=True)]
+        return found.clamp(min=0) + ROUNDING_ALLOWANCE**2 * sizes[0] * sizes[1]
 
+
+# A product a scan is small where it has so few numbers for each number of its smaller factor.
+SHORT = 0.5
 
 # A float32 product a b^T is off by at most about 2e-7 |a||b|. With v = 1e-4 and a margin of 1e-5 in the clip bound,
 # n + 2e-7 s <= (1 + 1e-5) sqrt(n^2 + v^2 s^2) holds for every norm n and size s = |a||b|.

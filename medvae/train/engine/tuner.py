@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from medvae.train.checkpoint import write_json
-from medvae.train.engine.strategies import GHOST, ConvCall, Found, Key, LinearCall, norms_of, weighted_sum
+from medvae.train.engine.convolution import ConvCall
+from medvae.train.engine.strategies import GHOST, Found, Key, LinearCall, norms_of, summed, weighted_sum
 
 # A strategy is timed so many times at most, or until it took its share.
 TURNS, SHARE_SECONDS = 7, 0.1
@@ -92,9 +93,9 @@ def _whole(call: ConvCall | LinearCall, strategy: Callable[[], Found]) -> Callab
         if found.rows is None:
             return by_bias, call.weighted(None, call.segments.spread(factor))
         if isinstance(found.rows, list):
-            return by_bias, weighted_sum(found.rows, list(range(len(factors))), factors)
+            return by_bias, weighted_sum([r.float() for r in found.rows], list(range(len(factors))), factors)
         rows = found.rows.float()
-        return by_bias, norms_of(rows), torch.tensordot(factor, rows, dims=1)
+        return by_bias, norms_of(rows), summed(factor, rows)
 
     return whole
 
