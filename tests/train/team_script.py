@@ -7,6 +7,7 @@ Run as `python team_script.py FOLDER TASKS`. TASKS is JSON, one object a task:
     press               the leader gets Ctrl-C after this step
     harm                [rank, step, what]: that process then gets SIGKILL or SIGSTOP, fails, or has a defect
     noisy               every process adds noise of its own: what must never be
+    fault               what the processes that do not lead do wrong: "unclipped", "by scan", "doubled"
     budget              set on the cohort's ledger before; environment: variables of all processes
 A process of its own, so that every process of a team is forked from a parent that holds no threads.
 """
@@ -26,18 +27,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from small_cohort import small_config, write_cohort
 
 import medvae.train.claim
+import medvae.train.engine.module
 import medvae.train.run
 from medvae.dp.ledger import Ledger
 from medvae.errors import CohortError, MedvaeError
 from medvae.train.distributed import follow
+from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.planning import make_plan
 from medvae.train.run import train
 from medvae.train.sampler import PatientSampler
 from medvae.train.team import Team, form_team
+from medvae.types import Batch
 from medvae.vault.store import open_cohort
 
 Task = Mapping[str, Any]
@@ -55,6 +60,8 @@ def work(folder: Path, task: Task) -> dict[str, Any]:
     _watch_loads(task, shares)
     if task.get("noisy"):
         _add_noise_everywhere()
+    if task.get("fault") and int(os.environ["RANK"]) > 0:
+        _work_badly(task["fault"])
 
     def on_step(step: int, _stats: Mapping[str, float]) -> None:
         if step == task.get("stop"):
@@ -81,6 +88,21 @@ def _add_noise_everywhere() -> None:
         return plain(team, sums)
 
     Team.add_up = add_up  # type: ignore[method-assign]
+
+
+def _work_badly(fault: str) -> None:
+    plain = BookkeepingSampler.clipped_sum
+
+    def clipped_sum(engine: BookkeepingSampler, batch: Batch, latent: Any) -> Any:
+        bound = engine._max_grad_norm
+        engine._max_grad_norm = 1e30 if fault == "unclipped" else bound
+        rows = np.arange(len(batch.patient)) if fault == "by scan" else batch.patient
+        sums, stats = plain(engine, batch._replace(patient=rows), latent)
+        engine._max_grad_norm = bound
+        return [2 * s for s in sums] if fault == "doubled" else sums, stats
+
+    medvae.train.engine.module.check_sampler = lambda *_: None  # the check before training would find it first
+    BookkeepingSampler.clipped_sum = clipped_sum  # type: ignore[method-assign]
 
 
 def _watch_loads(task: Task, shares: list[int]) -> None:
