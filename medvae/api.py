@@ -31,17 +31,21 @@ DEFAULT_RUN = Path("run")
 DEFAULT_DEMO = Path("demo")
 
 
-def ingest(source: Path, out: Path, config: IngestConfig | None = None, *, progress: Progress | None = None) -> Result:
+def ingest(
+    source: Path | str, out: Path, config: IngestConfig | None = None, *, progress: Progress | None = None
+) -> Result:
     """Read scans of any supported layout into the cohort folder `out`; return what cohort.json holds.
 
+    source: a folder, a file, or a PACS as dicomweb://HOST/PATH?SEARCH (medvae.vault.dicomweb).
     Raises CohortError for a source that holds no usable scan, a table that does not fit, or an `out` in use.
     """
     from medvae import tracking
+    from medvae.vault.dicomweb import local_source
     from medvae.vault.ingest import ingest as read
 
     config = config or IngestConfig()
-    with tracking.run("ingest", config.model_dump(), private=True) as track:
-        result: Result = read(source, out, config, progress=progress)
+    with tracking.run("ingest", config.model_dump(), private=True) as track, local_source(source, out, progress) as at:
+        result: Result = read(at, out, config, progress=progress)
         track.metric("patients", result["patients"])
         track.metric("images", result["images"])
     return result

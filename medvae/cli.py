@@ -10,6 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
+from medvae import cli_export, cli_latent
+from medvae.cli_options import (
+    Advantage,
+    Baseline,
+    Delta,
+    Epsilon,
+    Json,
+    Memory,
+    Pipeline,
+    PublicKey,
+    Quiet,
+    Resume,
+    Risk,
+    Seed,
+)
 from medvae.console import Console, debugging, fail
 from medvae.errors import MedvaeError
 from medvae.version import __version__
@@ -31,38 +46,7 @@ app = typer.Typer(
     epilog="The whole way once, on an embedded cohort: `medvae demo`. Not affiliated with Stanford's MedVAE.",
 )
 
-Json = Annotated[bool | None, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
-Quiet = Annotated[bool | None, typer.Option("--quiet", "-q", help="No progress and no notes.")]
-Epsilon = Annotated[
-    float | None,
-    typer.Option("--dp-epsilon", metavar="EPSILON", help="Privacy budget of the run; 'inf' for a comparison."),
-]
-Advantage = Annotated[
-    float | None,
-    typer.Option(metavar="A", help="Instead of epsilon: the largest TPR - FPR of any membership attack."),
-]
-Risk = Annotated[
-    float | None,
-    typer.Option(metavar="R", help="Instead of epsilon: how often any attacker may be right about a patient."),
-]
-Baseline = Annotated[
-    float | None, typer.Option(metavar="K", help="With --max-reid-risk: how often a blind guess is right anyway.")
-]
-Delta = Annotated[
-    float | None, typer.Option("--dp-delta", metavar="DELTA", help="Default: min(1e-5, 1/(n ln n)) for n patients.")
-]
-Pipeline = Annotated[Path | None, typer.Option("--pipeline", metavar="FILE.yaml", help="A recipe; see pipelines/.")]
 Version = Annotated[bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")]
-Resume = Annotated[bool | None, typer.Option("--resume", help="Go on with an interrupted run; never charged twice.")]
-PublicKey = Annotated[
-    Path | None, typer.Option(metavar="FILE.pem", help="The signer's Ed25519 public key (PEM), if you know it.")
-]
-Memory = Annotated[
-    float | None, typer.Option(metavar="GIB", help="Memory that training may take; batches are split to keep it.")
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Fixes what is not privacy: splits, initialisation, samples.")
-]
 
 OPTIONS = "OPTIONS"  # in brackets before an optional argument, the documentation's builder takes it for a link
 NUMBER_LISTS = ("--shape", "--spacing-mm")
@@ -96,7 +80,7 @@ def doctor(as_json: Json = None, quiet: Quiet = None) -> None:
 @app.command()
 def ingest(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="DICOM tree, NIfTI, BIDS or nnU-Net folder, .npz, or PNG + CSV.")
+        str, typer.Argument(metavar="SOURCE", help="DICOM, NIfTI, BIDS, .npz, PNG + CSV, ...; or dicomweb://HOST/PATH.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="COHORT", help="Folder of the cohort to write.")],
     labels: Annotated[
@@ -104,12 +88,12 @@ def ingest(
     ] = None,
     condition: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=LOW:HIGH|a|b]", help="A public condition; repeat for more. See Conditions."),
+        typer.Option(metavar="NAME[=LOW:HIGH|a|b|a<b]", help="A public condition; repeat for more. See Conditions."),
     ] = None,
     shape: Annotated[str | None, typer.Option(metavar="N N [N]", help="Voxels: 32 48 32, or 32x48x32.")] = None,
     spacing_mm: Annotated[str | None, typer.Option(metavar="MM MM [MM]", help="Voxel size in mm.")] = None,
     modality: Annotated[str | None, typer.Option(metavar="MR|CT|...", help="Where the files do not say.")] = None,
-    intensity: Annotated[str | None, typer.Option(metavar="WAY", help="auto, window or percentile.")] = None,
+    intensity: Annotated[str | None, typer.Option(metavar="WAY", help="auto, window, percentile or display.")] = None,
     intensity_low: Annotated[
         float | None, typer.Option(metavar="VALUE", help="Lower end: raw units, or percentile.")
     ] = None,
@@ -121,7 +105,22 @@ def ingest(
     max_scans_per_patient: Annotated[
         int | None, typer.Option(metavar="N", help="Cap on what one patient may add.")
     ] = None,
-    slice_gap: Annotated[str | None, typer.Option(metavar="WAY", help="A gap in a series: refuse or skip.")] = None,
+    slice_gap: Annotated[
+        str | None, typer.Option(metavar="WAY", help="Gaps and gantry tilt: refuse, skip or resample.")
+    ] = None,
+    frames: Annotated[str | None, typer.Option(metavar="WAY", help="Cine, 4D: refuse, first, mean or all.")] = None,
+    colour: Annotated[str | None, typer.Option(metavar="WAY", help="Colour: refuse or luminance.")] = None,
+    burned_in: Annotated[
+        str | None, typer.Option(metavar="WAY", help="Images that may show names: note or skip.")
+    ] = None,
+    identical: Annotated[
+        str | None, typer.Option(metavar="WAY", help="One image under two patients: note, merge or refuse.")
+    ] = None,
+    missing: Annotated[
+        str | None, typer.Option(metavar="WAY", help="Missing values: refuse, drop the scan, or a class of their own.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes that decode.")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster; 'local' starts one.")] = None,
     as_json: Json = None,
     quiet: Quiet = None,
 ) -> None:
@@ -129,7 +128,8 @@ def ingest(
 
     Example: `medvae ingest scans/ -o cohort --labels table.csv --condition size_class --shape 32 48 32`
 
-    Conditions: a name alone takes the classes of the table; 'age=20:90' gives a range and 'sex=F|M' names the classes.
+    Conditions: a name alone takes the classes of the table; 'age=20:90' gives a range, 'sex=F|M' names the classes,
+    and 'grade=low<middle<high' puts them in order.
     All of these are public: take them from the study's protocol and never from its data.
     """
     from medvae import api, words
@@ -150,6 +150,13 @@ def ingest(
             split_seed=split_seed,
             max_scans_per_patient=max_scans_per_patient,
             slice_gap=slice_gap,
+            frames=frames,
+            colour=colour,
+            burned_in=burned_in,
+            identical=identical,
+            missing=missing,
+            workers=workers,
+            cluster=cluster,
         )
         result = api.ingest(source, output, config, progress=out.stage("ingest"))
         out.result(result, words.ingest(result, output))
@@ -208,6 +215,10 @@ def train(
     baseline: Baseline = None,
     delta: Delta = None,
     pipeline: Pipeline = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(metavar="COHORT", help="A second cohort that you declare public, to pretrain on: not protected."),
+    ] = None,
     resume: Resume = None,
     budget: Annotated[
         float | None, typer.Option(metavar="EPSILON", help="Set the cohort's total epsilon over all runs.")
@@ -244,7 +255,7 @@ def train(
         )
         if cohort is None:
             out.note("medvae: no cohort given, so this trains on the embedded phantom cohort: no real scan is involved")
-        result = api.train(cohort, output, config, resume=bool(resume), budget=budget, stage=out.stage)
+        result = api.train(cohort, output, config, resume=bool(resume), budget=budget, stage=out.stage, public=public)
         out.result(result, words.train(result))
 
 
@@ -272,54 +283,6 @@ def audit(
         config = build(AuditConfig, tier=tier, cluster=cluster, seed=seed)
         result = api.audit(run, output, config, progress=out.stage("audit"))
         out.result(result, words.audit(result, output))
-
-
-@app.command()
-def release(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="RELEASE", help="Folder of the release to write.")],
-    count: Annotated[int | None, typer.Option(metavar="N", help="How many synthetic scans.")] = None,
-    formats: Annotated[
-        list[str] | None, typer.Option("--format", metavar="FORMAT", help="nifti, dicom, png or npz; repeat for more.")
-    ] = None,
-    conditions: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="Table of conditions to make, one row a scan.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="REPORT", help="The audit of this run; without it, its latest one.")
-    ] = None,
-    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Title of the data set.")] = None,
-    override: Annotated[
-        str | None,
-        typer.Option(metavar="REASON", help="Release against a judgement of the audit; printed in the certificate."),
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option(metavar="FILE.pem", help="Ed25519 private key (PEM) to sign with.")
-    ] = None,
-    seed: Seed = None,
-    as_json: Json = None,
-    quiet: Quiet = None,
-) -> None:
-    """Pass the gate and write a synthetic cohort with certificate, checksums and signature.
-
-    Example: `medvae release run -o release --count 200 --format nifti --report report`
-    """
-    from medvae import api, words
-    from medvae.config import ReleaseConfig, build
-
-    with Console(as_json, quiet) as out:
-        config = build(
-            ReleaseConfig,
-            count=count,
-            formats=formats,
-            conditions=conditions,
-            title=title,
-            key=key,
-            seed=seed,
-            override=override,
-        )
-        result = api.release(run, output, config, report=report, progress=out.stage("release"))
-        out.result(result, words.release(result, output))
 
 
 @app.command()
@@ -378,6 +341,10 @@ def demo(
     with Console(as_json, quiet) as out:
         result = api.demo(output, stage=out.stage)
         out.result(result, words.demo(result))
+
+
+app.add_typer(cli_export.commands)
+app.add_typer(cli_latent.commands)
 
 
 def _recipe(path: Path | None) -> Any:

@@ -19,8 +19,8 @@ from medvae.types import Condition, ConditionValue
 BIDS_VERSION = "1.10.0"
 # Read by the root's validator: everything that is not the description, the README, the licence or the citation.
 ROOT_IGNORES = (
-    "nifti", "dicom", "png", "cohort.npz", "participants.tsv", "participants.json", "privacy", "audit",
-    "croissant.json", "provenance.json", "DATASET_CARD.md", "SHA256SUMS", "statement.dsse.json",
+    "nifti", "dicom", "png", "cohort.npz", "huggingface", "viewer.html", "participants.tsv", "participants.json",
+    "privacy", "audit", "croissant.json", "provenance.json", "DATASET_CARD.md", "SHA256SUMS", "statement.dsse.json",
 )  # fmt: skip
 Rows = Sequence[Mapping[str, ConditionValue]]
 

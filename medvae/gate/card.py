@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from medvae.gate.licences import Licence
 from medvae.types import Condition, ImageSpace
-
-LICENCE = "CC-BY-4.0"
-LICENCE_URL = "https://creativecommons.org/licenses/by/4.0/"
 
 _WHAT = {
     "nifti": "`nifti/`: images, and masks as `_dseg`, as NIfTI; a BIDS dataset of its own",
     "dicom": "`dicom/`: one folder a synthetic subject; masks as DICOM SEG",
     "png": "`png/`: pictures to look at, masks as `_mask`; of a volume, three middle slices",
+    "huggingface": "`huggingface/`: a folder that Hugging Face's `datasets` loads, with a card of its own",
+    "viewer": "`viewer.html`: some of the scans to look at in a browser, offline",
     "npz": "`cohort.npz`: `images` (N, *spatial) in [0, 1], `labels`, `conditions`, `masks`; open with numpy",
 }
 
@@ -72,14 +72,14 @@ def _override(override: Mapping[str, Any] | None) -> list[str]:
             f"Reason on record: {override['reason']}", ""]  # fmt: skip
 
 
-def dataset_card(certificate: Mapping[str, Any], space: ImageSpace, claim: str) -> str:
+def dataset_card(certificate: Mapping[str, Any], space: ImageSpace, claim: str, terms: Licence) -> str:
     """Return DATASET_CARD.md: composition, making, uses, limits."""
     release, privacy = certificate["release"], certificate["claim"]
     masks = f"labels {', '.join(str(m) for m in space.mask_labels)}" if space.mask_labels else "none"
     conditions = [f"- `{c.name}`: {_values(c)}" for c in space.conditions]
     return _lines(
         "---",
-        f"license: {LICENCE.lower()}",
+        f"license: {terms.hub_name}",
         f"pretty_name: {json.dumps(certificate['title'])}",
         "tags: [synthetic, medical, differential-privacy]",
         "---",
@@ -113,25 +113,19 @@ def dataset_card(certificate: Mapping[str, Any], space: ImageSpace, claim: str) 
     )
 
 
-def licence(certificate: Mapping[str, Any]) -> str:
-    """Return LICENSE: Creative Commons Attribution, granted by whoever signed."""
+def licence(certificate: Mapping[str, Any], terms: Licence) -> str:
+    """Return LICENSE: the terms, granted by whoever signed."""
     return _lines(
-        "Creative Commons Attribution 4.0 International (CC BY 4.0)",
-        "",
+        f"{certificate['title']}",
         f"Copyright {certificate['created'][:4]}, the institution that signed this release",
         f"(Ed25519 key {certificate['signer']['key_id']}).",
         "",
-        f"{certificate['title']!r} is licensed under the Creative Commons Attribution 4.0 International License.",
-        f"The full text is at {LICENCE_URL}legalcode",
-        "",
-        "You may share and adapt the material for any purpose, provided you give credit, link to the licence and say",
-        "what you changed. The material is offered as it is, without warranty. The licence covers this synthetic",
-        "dataset only and grants no right to any patient's scan. Please do not use it to try to identify a person.",
+        terms.text,
     )
 
 
-def citation(certificate: Mapping[str, Any], claim: str) -> str:
-    """Return CITATION.cff, version 1.2.0 (JSON strings are YAML strings)."""
+def citation(certificate: Mapping[str, Any], claim: str, terms: Licence) -> str:
+    """Return CITATION.cff, version 1.2.0 (JSON strings are YAML strings); it can name SPDX licences only."""
     return _lines(
         "cff-version: 1.2.0",
         'message: "If you use this dataset, please cite it as below."',
@@ -141,7 +135,7 @@ def citation(certificate: Mapping[str, Any], claim: str) -> str:
         "authors:",
         f"  - name: {json.dumps('The signer of this release, key ' + certificate['signer']['key_id'])}",
         f"date-released: {json.dumps(certificate['created'])}",
-        f"license: {LICENCE}",
+        *([f"license: {terms.identifier}"] if terms.url else []),
         "keywords: [synthetic data, medical imaging, differential privacy]",
     )
 

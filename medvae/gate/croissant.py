@@ -49,6 +49,7 @@ _CONTEXT = {
 _SETS = {
     "nifti": ("nifti/**/*.nii.gz", "application/gzip", "Images and masks as NIfTI"),
     "dicom": ("dicom/**/*.dcm", "application/dicom", "Images, and masks as segmentation objects, as DICOM"),
+    "huggingface": ("huggingface/data/*", "application/octet-stream", "Images, masks and their table for `datasets`"),
     "png": ("png/*.png", "image/png", "Pictures to look at; volumes as three middle slices"),
 }
 

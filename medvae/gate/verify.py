@@ -26,7 +26,8 @@ from medvae.types import Mechanism
 
 CERTIFICATE = "privacy/certificate.json"
 _MARKS = (manifest.SUMS, manifest.STATEMENT, CERTIFICATE)
-_SUBJECT = re.compile(r"(nifti|dicom|png)/(?:sub-)?(SYN\d+)")
+_SUBJECT = re.compile(r"(nifti|dicom|png|huggingface)/(?:data/)?(?:sub-)?(SYN\d+)")
+_MODEL = ("models/weights.safetensors", "models/model.json")
 PINNED_WORDS = "signed by the key you gave"
 SELF_ASSERTED_WORDS = (
     "signed by the key that the release itself names, so nothing changed since the signing; who signed is not proven: "
@@ -168,13 +169,20 @@ def _canaries(release: Path, proof: Mapping[str, Any], sums: Mapping[str, str]) 
 
 
 def _count(release: Path, made: Mapping[str, Any], sums: Mapping[str, str]) -> Check:
-    """Count images in each format, and rows in participants.tsv."""
+    """Count images in each format, and rows in participants.tsv; a bundle holds a model and no image."""
+    if made["formats"] == ["bundle"]:
+        ok = made["count"] == 0 and all(name in sums for name in _MODEL)
+        return Check(
+            "count", ok, "a generator and no image" if ok else "a bundle of a generator, whose model is missing"
+        )
     subjects: dict[str, set[str]] = {}
     for match in filter(None, map(_SUBJECT.match, sums)):
         subjects.setdefault(match[1], set()).add(match[2])
     found = {kind: len(names) for kind, names in subjects.items()}
     if "cohort.npz" in sums:
         found["npz"] = _npz_images(release / "cohort.npz")
+    if "viewer.html" in sums:  # shows some of the images, and is no copy of the data
+        found["viewer"] = made["count"]
     wanted = dict.fromkeys(made["formats"], made["count"])
     rows = max(0, _read(release, "participants.tsv").count(b"\n") - 1)
     ok = found == wanted and rows == made["count"]

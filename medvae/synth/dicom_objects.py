@@ -1,9 +1,10 @@
 """DICOM image objects built from named attributes, never by copying a header.
 
-MR and CT become series of single-frame MR and CT images. For any other modality the attributes its standard demands
-(detector, anatomic region, projection) would have to be invented, so it becomes Secondary Capture: single-frame in
-2D, multi-frame in 3D. Every object says that it is synthetic: attribute (0008,001C), Series Description, Image
-Comments and Derivation Description.
+MR and CT become series of single-frame MR and CT images. A 2D X-ray (CR, DX, RG) becomes a Computed Radiography image,
+the radiograph whose mandatory attributes may all be left empty: a DX image demands a detector, a laterality and an
+anatomic region, which would have to be invented. Any other modality becomes Secondary Capture for the same reason:
+single-frame in 2D, multi-frame in 3D. Every object says that it is synthetic: attribute (0008,001C), Series
+Description, Image Comments and Derivation Description.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import (
+    ComputedRadiographyImageStorage,
     CTImageStorage,
     ExplicitVRLittleEndian,
     MRImageStorage,
@@ -29,6 +31,7 @@ from medvae.synth.values import TWELVE_BITS, Scale
 from medvae.version import __version__
 
 MAKER = "medvae"
+X_RAYS = frozenset({"CR", "DX", "RG"})
 MIDNIGHT = "000000"  # the time of day of the writing is nobody's business
 _LONG_STRING = 64  # characters of one LO value, PS3.5 6.2
 _AXIAL = [1, 0, 0, 0, 1, 0]
@@ -95,6 +98,8 @@ def image_objects(grid: Grid, scale: Scale, modality: str, subject: Subject, ori
     # MR has no rescale to raw units: whole raw units are stored themselves, all else as codes of arbitrary units.
     shift = int(scale.intercept) if modality == "MR" and scale.integer else 0
     _pixel_format(common, grid, shift, shift + scale.top)
+    if modality in X_RAYS and not grid.volume:
+        return [_radiograph(common, grid, scale)]
     if modality not in ("MR", "CT"):
         common.Modality = "OT"
         return [_secondary_capture(common, grid, scale, origin)]
@@ -199,6 +204,22 @@ def _slice(common: Dataset, sop_class: str, grid: Grid, index: int, pixels: byte
     d.InstanceNumber = index + 1
     d.ImagePositionPatient = grid.position(index)
     d.PixelData = pixels
+    return d
+
+
+def _radiograph(common: Dataset, grid: Grid, scale: Scale) -> FileDataset:
+    d = _file(common, ComputedRadiographyImageStorage)
+    d.Modality = "CR"
+    d.ViewPosition = ""
+    d.KVP = ""
+    d.PatientOrientation = ""
+    d.InstanceNumber = 1
+    # No Pixel Spacing: that would claim a calibration for magnification, PS3.3 10.7.1.3.
+    d.ImagerPixelSpacing = [_ds(s) for s in grid.spacing_mm[:2]]
+    _rescale(d, scale, "US")
+    d.WindowCenter = _ds(scale.intercept + scale.slope * scale.top / 2)
+    d.WindowWidth = _ds(scale.slope * scale.top)
+    d.PixelData = grid.frames.astype("<u2").tobytes()
     return d
 
 

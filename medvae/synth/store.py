@@ -18,15 +18,18 @@ SCHEMA = "medvae.model/1"
 def write_release(folder: Path, release: ModelRelease) -> dict[str, Any]:
     """Write weights.safetensors and model.json into `folder` and return the card with the weights' digest.
 
-    The card is written last, so that a folder with a card always has the weights it names.
+    Each file is whole or absent, even after a loss of power, and the card is written last: a folder with a card always
+    has the weights it names.
     """
     from safetensors.numpy import save
+
+    from medvae.synth.staging import write_durably
 
     folder.mkdir(parents=True, exist_ok=True)
     blob = save({name: np.ascontiguousarray(array) for name, array in release.weights.items()})
     card = {**release.card, "schema": SCHEMA, "weights_sha256": hashlib.sha256(blob).hexdigest()}
-    (folder / "weights.safetensors").write_bytes(blob)
-    (folder / "model.json").write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_durably(folder / "weights.safetensors", blob)
+    write_durably(folder / "model.json", (json.dumps(card, indent=2, allow_nan=False) + "\n").encode())
     return card
 
 

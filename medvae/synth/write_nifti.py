@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from medvae.synth.identifiers import subject
 from medvae.synth.staging import staged_folder
-from medvae.synth.values import codes, grid_affine, scale_of
-from medvae.types import Progress, SyntheticCohort
+from medvae.synth.values import Scale, codes, grid_affine, scale_of
+from medvae.types import FloatArray, Progress, SyntheticCohort
 
 # BIDS has no suffix for a magnetic resonance image of unknown weighting, and none at all for other modalities.
 _SUFFIX = {"MR": "T1w"}
@@ -33,16 +33,11 @@ def write_nifti(
     written: list[str] = []
     with staged_folder(folder / "nifti") as out:
         for i, image in enumerate(cohort.images):
-            stored = codes(image, scale).astype(np.int16)
-            slope = (1.0, 0.0)
-            if scale.integer:
-                stored += np.int16(scale.intercept)
-            else:
-                slope = (scale.slope, scale.intercept)
+            array, slope = stored(image, scale)
             name = f"sub-{subject(i, len(cohort))}"
             anat = out / name / "anat"
             anat.mkdir(parents=True)
-            save_nifti(anat / f"{name}_{suffix}.nii.gz", stored, affine, slope=slope)
+            save_nifti(anat / f"{name}_{suffix}.nii.gz", array, affine, slope=slope)
             files = [f"{name}_{suffix}.nii.gz"]
             if cohort.masks is not None:
                 save_nifti(anat / f"{name}_dseg.nii.gz", cohort.masks[i], affine)
@@ -51,6 +46,14 @@ def write_nifti(
             if progress is not None:
                 progress(i + 1, len(cohort))
     return written
+
+
+def stored(image: FloatArray, scale: Scale) -> tuple[npt.NDArray[np.int16], tuple[float, float]]:
+    """Return the int16 that stand for an image in [0, 1], and (slope, intercept) from them to raw units."""
+    array = codes(image, scale).astype(np.int16)
+    if scale.integer:
+        return array + np.int16(scale.intercept), (1.0, 0.0)
+    return array, (scale.slope, scale.intercept)
 
 
 def save_nifti(

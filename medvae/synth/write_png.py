@@ -38,8 +38,8 @@ def write_png(
     return written
 
 
-def save_png(path: Path, array: npt.NDArray[np.uint8]) -> None:
-    """Write an array of shape (H, W) as 8-bit grey."""
+def save_png(path: Path, array: npt.NDArray[np.uint8 | np.uint16]) -> None:
+    """Write an array of shape (H, W) as 8-bit or 16-bit grey, as its type is."""
     from PIL import Image
 
     Image.fromarray(array).save(path)

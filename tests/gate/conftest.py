@@ -47,7 +47,7 @@ def edit_privacy(run: Path) -> Callable[..., None]:
 def base_release(base_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete release in all formats that no test changes."""
     out = tmp_path_factory.mktemp("released") / "release"
-    config = ReleaseConfig(count=3, formats=("nifti", "dicom", "png", "npz"), seed=5)
+    config = ReleaseConfig(count=3, formats=("nifti", "dicom", "png", "npz", "huggingface", "viewer"), seed=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "generate", fake_generate)
         patch.setattr(checks, "agree", agree_once)

@@ -31,8 +31,8 @@ from medvae.types import Condition, ImageSpace, Intensity, ModelRelease
 SMALL = ReleaseConfig(count=2, formats=("npz",))
 CONTRACT = {
     "README.md", "DATASET_CARD.md", "LICENSE", "CITATION.cff", "croissant.json", "dataset_description.json",
-    "participants.tsv", "participants.json", "nifti", "dicom", "png", "cohort.npz", "privacy", "provenance.json",
-    "SHA256SUMS", "statement.dsse.json",
+    "participants.tsv", "participants.json", "nifti", "dicom", "png", "cohort.npz", "huggingface", "viewer.html",
+    "privacy", "provenance.json", "SHA256SUMS", "statement.dsse.json",
 }  # fmt: skip
 
 

@@ -29,6 +29,9 @@ KINDS = {
     "ct3d": ((8, 10, 6), "CT", Intensity("window", -1000, 400)),
     "ct2d": ((16, 12), "CT", Intensity("window", -160, 240)),
     "xray": ((16, 12), "DX", Intensity("window", 0, 255)),
+    "xray-narrow": ((16, 12), "CR", Intensity("window", -0.5, 0.5)),
+    "picture": ((16, 12), "OT", Intensity("window", 0, 255)),
+    "pet3d": ((8, 10, 6), "PT", Intensity("window", 0, 20)),
     "other3d": ((8, 10, 6), "OT", Intensity("window", 0, 1)),
 }
 Maker = Callable[..., SyntheticCohort]
@@ -110,7 +113,7 @@ def test_attributes_say_that_it_is_synthetic(written):
         if d.Modality != "SEG":
             assert list(d.ImageType[:2]) == ["DERIVED", "SECONDARY"]
             assert "SourceImageSequence" not in d
-            assert d.Modality == (cohort.space.modality if kind[:2] in ("mr", "ct") else "OT")
+            assert d.Modality == {"mr": "MR", "ct": "CT", "xr": "CR"}.get(kind[:2], "OT")
 
 
 def test_age_sex_and_conditions_are_those_asked_for(written):
