@@ -46,19 +46,18 @@ class Tuner:
 
     def choose(self, call: ConvCall | LinearCall, *, may_defer: bool) -> Callable[[], Found]:
         """Return the strategy for this call."""
-        if self._fixed is not None:
-            names = _candidates(call, may_defer)
+        names = _candidates(call, may_defer)
+        if isinstance(call, ConvCall) and call.segments.patients < FEW and self._fixed is None:
+            names = names[:1]
+        if len(names) == 1 or self._fixed is not None:
             return call.strategy(self._fixed if self._fixed in names else names[0])
         key = (*call.key, may_defer)
         if key not in self._memory:
-            names = _candidates(call, may_defer)
-            if isinstance(call, ConvCall) and call.segments.patients < FEW:
-                names = names[:1]
             given = self._given.get(_text(key))
-            if given not in names and len(names) > 1:
+            if given not in names:
                 self._noted.setdefault(key, (call.blank(), call.x.device, may_defer))
                 return call.strategy(names[0])
-            self._memory[key] = given if given in names else names[0]
+            self._memory[key] = given
         return call.strategy(self._memory[key])
 
     def settle(self) -> bool:
