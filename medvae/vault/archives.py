@@ -7,6 +7,7 @@ names that lead elsewhere, and archives within archives are left packed and coun
 from __future__ import annotations
 
 import bz2
+import errno
 import lzma
 import shutil
 import stat
@@ -60,8 +61,13 @@ def unpack(archive: Path, into: Path, max_bytes: int, skipped: Skipped, name: st
                     skipped.leave(NESTED, name)
                 elif not any(part.startswith((".", "__MACOSX")) for part in target.relative_to(into).parts):
                     _write(target, stream, budget, skipped, name)
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error, lzma.LZMAError,
-            zipfile.BadZipFile, tarfile.TarError):  # fmt: skip
+    except CohortError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        skipped.leave(BROKEN, name)
+    except Exception:  # zipfile, tarfile and the decompressors raise many kinds on foreign bytes
         skipped.leave(BROKEN, name)
     return budget.written
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -56,7 +55,7 @@ class RowStream:
                 self._next += 1
             data = self._stream.read(self._row_bytes)
             self._next += 1
-        except (OSError, EOFError, zlib.error, zipfile.BadZipFile):
+        except Exception:  # zipfile raises many kinds on foreign bytes
             raise CohortError(TORN) from None
         if len(data) < self._row_bytes:
             raise CohortError(TORN)
@@ -92,7 +91,9 @@ def npz_source(found: Found, rules: Rules = Rules()) -> Source:  # noqa: B008 - 
             columns = _columns(path, members, prefix, images.shape[0])
             streams.append(images)
             scans += _rows(images, masks, columns, prefix, split if fixed else None, rules)
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile):
+    except CohortError:
+        raise
+    except Exception:  # zipfile and numpy raise many kinds on foreign bytes
         raise CohortError(TORN) from None
     if not scans:
         raise CohortError("the .npz holds no array named images or train_images: name the arrays as MedMNIST does")

@@ -16,6 +16,7 @@ from medvae.vault.scan import Rules, Unusable
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 META_AT_MOST = 2**16
 META = 132  # bytes before the file meta information (PS3.10, 7.1)
+PLAIN = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2.2", DEFLATED)
 CHUNK = 2**20
 OTHER_BYTES = 2**26  # what a data set may hold beside its pixels
 TILES_AT_MOST = 65535  # T.800, A.4.2
@@ -39,6 +40,13 @@ def check_dataset(path: Path, rules: Rules) -> None:
                 raise Unusable("header claims an absurd size")
             if inflate.eof:
                 return
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the pixels need a decoder library: any transfer syntax but the plain and the deflated ones (PS3.5, A)."""
+    with path.open("rb") as stream:
+        syntax, _ = _transfer_syntax(stream.read(META_AT_MOST))
+    return bool(syntax) and syntax not in PLAIN
 
 
 def _transfer_syntax(data: bytes) -> tuple[bytes, int]:

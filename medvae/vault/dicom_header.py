@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from medvae.vault.dicom_guard import check_dataset
+from medvae.vault.dicom_file import open_dataset
 from medvae.vault.dicom_suv import SUV_TAGS, suv_factor
 from medvae.vault.scan import Rules, Unusable
 
@@ -89,21 +89,7 @@ class Header:
 
 def read_header(path: Path, rules: Rules = Rules()) -> Header:  # noqa: B008 - frozen
     """Read the allow-listed tags of one file. Raises Unusable where it cannot be an image of a cohort."""
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
-    try:
-        check_dataset(path, rules)
-        with path.open("rb") as stream:
-            ds = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
-    except Unusable:
-        raise
-    except InvalidDicomError:
-        raise Unusable("not an image") from None
-    except EOFError:
-        raise Unusable("truncated file") from None
-    except Exception:  # pydicom raises many kinds on foreign bytes, all of them about this one file
-        raise Unusable("unreadable file") from None
+    ds = open_dataset(path, HEADER_TAGS, rules)
     try:
         return _header(path, ds, rules)
     except Unusable:
@@ -120,7 +106,7 @@ def _header(path: Path, ds: Any, rules: Rules) -> Header:
     if not rows or not columns:
         raise Unusable("no image size (Rows, Columns)")
     count = int(ds.get("NumberOfFrames") or 1)
-    if rows * columns > rules.max_pixels or rows * columns * count > rules.max_voxels or count < 1:
+    if rows * columns > rules.max_pixels or rows * columns * count > _most(ds, rules) or count < 1:
         raise Unusable("header claims an absurd size")
     segmented = ds.get("SOPClassUID") in SEGMENTATIONS
     if rules.colour == "refuse" and (
@@ -151,6 +137,11 @@ def _header(path: Path, ds: Any, rules: Rules) -> Header:
         segmented_series=str(referenced[0].get("SeriesInstanceUID") or "") if segmented else "",
         segments=_segments(ds) if segmented else (),
     )
+
+
+def _most(ds: Any, rules: Rules) -> int:
+    """Return the most voxels of a file: a segmentation has frames for every segment, and is read frame by frame."""
+    return 8 * rules.max_voxels if ds.get("SOPClassUID") in SEGMENTATIONS else rules.max_voxels
 
 
 def _burned_in(ds: Any, modality: str) -> bool:

@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from medvae.types import FloatArray
-from medvae.vault.dicom_guard import check_dataset, check_pixels
+from medvae.vault.decoder import ask
+from medvae.vault.dicom_file import open_dataset
+from medvae.vault.dicom_guard import check_pixels, is_compressed
 from medvae.vault.dicom_suv import SUV_TAGS, suv_factor
 from medvae.vault.scan import Rules, Unusable
 
 PIXEL_TAGS = (
-    "Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation",
+    "SOPClassUID", "Modality", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation",
     "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
     "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
     "VOILUTFunction", "VOILUTSequence", "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
@@ -40,18 +42,40 @@ def read_frames(path: Path, indices: Sequence[int] | None, rules: Rules = Rules(
 
     Raises Unusable for what is missing, truncated, absurd, in colour where that is refused, or cannot be decoded.
     """
-    import pydicom
+    if is_compressed(path):
+        return ask("gray", path, indices, rules)
+    return decode_gray(path, indices, rules)
 
+
+def decode_gray(path: Path, indices: Sequence[int] | None, rules: Rules) -> list[FloatArray]:
+    """Decode in this process; see `read_frames`."""
+    ds, wanted, frames = _stored(path, indices, rules)
     try:
-        check_dataset(path, rules)
-        ds = pydicom.dcmread(path, specific_tags=list(PIXEL_TAGS))
+        factor = suv_factor(ds)
+        return [_gray(ds, i, stored, factor, rules) for i, stored in zip(wanted, frames, strict=True)]
+    except Unusable:
+        raise
+    except Exception:  # element values are parsed on access, with many kinds of error
+        raise Unusable("undecodable pixel data") from None
+
+
+def read_stored(path: Path, indices: Sequence[int], rules: Rules) -> list[FloatArray]:
+    """Decode the stored values of frames, as segmentations need them. Raises Unusable as `read_frames` does."""
+    return ask("stored", path, indices, rules) if is_compressed(path) else decode_stored(path, indices, rules)
+
+
+def decode_stored(path: Path, indices: Sequence[int] | None, rules: Rules) -> list[FloatArray]:
+    """Decode in this process; see `read_stored`."""
+    return [frame.astype(np.float32) for frame in _stored(path, indices, rules)[2]]
+
+
+def _stored(path: Path, indices: Sequence[int] | None, rules: Rules) -> tuple[Any, list[int], list[npt.NDArray[Any]]]:
+    ds = open_dataset(path, PIXEL_TAGS, rules, pixels=True)
+    try:
         check_pixels(ds, rules)
         count = int(ds.get("NumberOfFrames") or 1)
         wanted = list(range(count)) if indices is None else list(indices)
-        factor = suv_factor(ds)
-        return [
-            _gray(ds, i, stored, factor, rules) for i, stored in zip(wanted, _decode(ds, count, wanted), strict=True)
-        ]
+        return ds, wanted, _decode(ds, count, wanted)
     except Unusable:
         raise
     except EOFError:

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from medvae.vault.dicom_file import open_dataset
 from medvae.vault.dicom_geometry import LPS_TO_RAS, SAME_DIRECTION
 from medvae.vault.dicom_header import Frame, Header
+from medvae.vault.dicom_pixels import read_stored
 from medvae.vault.scan import Rules, Unusable
 
 MISFIT = "segmentation that fits no series"
+LARGEST = 2**31  # voxels over all segments, of which the wanted frames alone are decoded
 NEAR = 0.1  # largest distance from a voxel's centre, in voxels
 
 
@@ -41,10 +44,11 @@ def read_mask(
     mask = np.zeros(shape, dtype=np.uint8)
     if not placed:
         return mask
-    decoded, top, is_map = _decode(path, [i for _, i, _ in placed])
+    top, is_map = _kind(path)
+    decoded = read_stored(path, [i for _, i, _ in placed], Rules(max_voxels=LARGEST))
     for (k, _, frame), stored in zip(placed, decoded, strict=True):
         if is_map:
-            mask[..., k] = np.maximum(mask[..., k], stored.T)
+            mask[..., k] = np.maximum(mask[..., k], stored.T.astype(np.uint8))
         else:
             drawn = top <= stored.T * 2
             mask[..., k] = np.maximum(mask[..., k], np.where(drawn, frame.segment, 0))
@@ -61,28 +65,11 @@ def _check_direction(frame: Frame, affine: npt.NDArray[np.float64]) -> None:
         raise Unusable(MISFIT)
 
 
-def _decode(path: Path, indices: list[int]) -> tuple[list[npt.NDArray[np.int64]], int, bool]:
-    """Return the stored values of frames, the value that stands for a full segment, and whether they are label maps."""
-    import pydicom
-    from pydicom.pixels import iter_pixels
-
-    from medvae.vault.dicom_guard import check_dataset, check_pixels
-    from medvae.vault.dicom_pixels import PIXEL_TAGS
-
-    rules = Rules()
-    try:
-        check_dataset(path, rules)
-        ds = pydicom.dcmread(path, specific_tags=[*PIXEL_TAGS, "SegmentationType", "MaximumFractionalValue"])
-        check_pixels(ds, rules)
-        count = int(ds.get("NumberOfFrames") or 1)
-        frames = [ds.pixel_array] if count == 1 else list(iter_pixels(ds, indices=indices))
-        kind = str(ds.get("SegmentationType") or "BINARY")
-        top = int(ds.get("MaximumFractionalValue") or 1) if kind == "FRACTIONAL" else 1
-        return [f.astype(np.int64) for f in frames], top, kind == "LABELMAP"
-    except Unusable:
-        raise
-    except Exception:  # decoders raise many kinds, all of them about this one file
-        raise Unusable("undecodable pixel data") from None
+def _kind(path: Path) -> tuple[int, bool]:
+    """Return the value that stands for a full segment, and whether the frames are label maps."""
+    ds = open_dataset(path, ["SOPClassUID", "SegmentationType", "MaximumFractionalValue"], Rules())
+    kind = str(ds.get("SegmentationType") or "BINARY")
+    return int(ds.get("MaximumFractionalValue") or 1) if kind == "FRACTIONAL" else 1, kind == "LABELMAP"
 
 
 def conflicting(segmentations: Sequence[Header]) -> int:

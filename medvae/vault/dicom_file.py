@@ -1,0 +1,55 @@
+"""Opening a DICOM file for named tags, with or without its preamble, and with the transfer syntaxes of old archives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medvae.vault.dicom_guard import check_dataset
+from medvae.vault.scan import Rules, Unusable
+
+BY_NAME = (".dcm", ".ima")  # taken for DICOM without the preamble that old exports lack
+# Retired 12-bit JPEG processes, which a decoder of process 4 understands: pydicom knows no decoder by their names.
+RETIRED = frozenset({"1.2.840.10008.1.2.4.52", "1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.54",
+                     "1.2.840.10008.1.2.4.55"})  # fmt: skip
+
+
+def open_dataset(path: Path, tags: Sequence[str], rules: Rules, pixels: bool = False) -> Any:
+    """Read the named elements of one file; all others are skipped unread.
+
+    Raises Unusable for what is no DICOM file, truncated before its pixels, or would inflate without bound.
+    """
+    import pydicom
+    from pydicom import uid
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.errors import InvalidDicomError
+
+    try:
+        check_dataset(path, rules)
+        with path.open("rb") as stream:
+            ds = pydicom.dcmread(
+                stream, stop_before_pixels=not pixels, specific_tags=list(tags),
+                force=path.name.lower().endswith(BY_NAME),
+            )  # fmt: skip
+        bare = not ds.preamble
+        if bare and not ds.get("SOPClassUID"):
+            raise Unusable("not an image")
+        if not hasattr(ds, "file_meta"):
+            ds.file_meta = FileMetaDataset()
+        syntax = ds.file_meta.get("TransferSyntaxUID")
+        if not syntax:
+            implicit, little = ds.original_encoding
+            plain = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
+            ds.file_meta.TransferSyntaxUID = plain if little else uid.ExplicitVRBigEndian
+        elif syntax in RETIRED:
+            ds.file_meta.TransferSyntaxUID = uid.JPEGExtended12Bit
+    except Unusable:
+        raise
+    except InvalidDicomError:
+        raise Unusable("not an image") from None
+    except EOFError:
+        raise Unusable("truncated file") from None
+    except Exception:  # pydicom raises many kinds on foreign bytes, all of them about this one file
+        raise Unusable("unreadable file") from None
+    return ds
