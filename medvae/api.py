@@ -121,7 +121,7 @@ def train(
     the same.
     """
     from medvae.train.distributed import follow
-    from medvae.train.team import form_team
+    from medvae.train.joining import form_team
 
     out = out or DEFAULT_RUN
     with form_team(config.device) as team:

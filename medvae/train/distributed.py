@@ -16,12 +16,13 @@ from medvae.config import Recipe, TrainConfig, build
 from medvae.errors import RunError
 from medvae.nets.build import build_model
 from medvae.train.engine.tuner import Tuner
+from medvae.train.joining import following
 from medvae.train.loop import make_engine, progress_of
 from medvae.train.patterns import joined, make_patterns
 from medvae.train.planning import TrainPlan
 from medvae.train.randomness import Randomness
 from medvae.train.sampler import PatientSampler
-from medvae.train.team import Team, following
+from medvae.train.team import Team
 from medvae.types import Mechanism, PrivacyPlan
 from medvae.vault.store import open_cohort
 from medvae.version import __version__

@@ -27,9 +27,10 @@ from medvae.nets.build import build_model
 from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.engine.tuner import Tuner
+from medvae.train.joining import form_team
 from medvae.train.optimizer import PatientDPOptimizer, inner_optimizer
 from medvae.train.rule import resolve
-from medvae.train.team import TeamSampler, form_team
+from medvae.train.team import TeamSampler
 from medvae.types import Batch
 
 CASES = {"2D 64x64, 64 patients": ((64, 64), 64), "3D 32x48x32, 8 patients": ((32, 48, 32), 8)}

@@ -38,10 +38,11 @@ from medvae.dp.ledger import Ledger
 from medvae.errors import CohortError, MedvaeError
 from medvae.train.distributed import follow
 from medvae.train.engine.module import BookkeepingSampler
+from medvae.train.joining import form_team
 from medvae.train.planning import make_plan
 from medvae.train.run import train
 from medvae.train.sampler import PatientSampler
-from medvae.train.team import Team, form_team
+from medvae.train.team import Team
 from medvae.types import Batch
 from medvae.vault.store import open_cohort
 

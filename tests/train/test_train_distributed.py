@@ -25,9 +25,10 @@ from medvae.synth.store import read_release
 from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.engine.tuner import Tuner
+from medvae.train.joining import form_team
 from medvae.train.rule import resolve
 from medvae.train.sampler import PatientSampler
-from medvae.train.team import LOST, Team, TeamSampler, form_team, split_evenly
+from medvae.train.team import LOST, Team, TeamSampler, split_evenly
 from medvae.vault.store import open_cohort
 
 SCRIPT = Path(__file__).with_name("team_script.py")
