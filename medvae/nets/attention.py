@@ -27,6 +27,6 @@ class SpatialAttention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return features of the shape of h (B, channels, *spatial)."""
         tokens = self.norm(h).flatten(2).transpose(1, 2)
-        q, k, v = self.queries_keys_values(tokens).chunk(3, dim=2)
-        looked = self.project(functional.scaled_dot_product_attention(q, k, v))
+        q, k, v = self.queries_keys_values(tokens).unsqueeze(1).chunk(3, dim=3)  # (B, 1 head, voxels, channels)
+        looked = self.project(functional.scaled_dot_product_attention(q, k, v)[:, 0])
         return h + torch.as_tensor(looked).transpose(1, 2).reshape(h.shape)
