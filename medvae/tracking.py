@@ -48,7 +48,8 @@ NUMBERS = frozenset(
         "average_decay", "baseline", "basis_shape", "batch_size", "beta", "budget", "channels", "checkpoint_every",
         "components", "confidence", "count", "delta", "dp_delta", "dp_epsilon", "enabled", "epsilon", "holdout",
         "intensity_high", "intensity_low", "latent_dim", "learning_rate", "mask_weight", "max_advantage",
-        "max_grad_norm", "max_reid_risk", "max_scans_per_patient", "max_unpacked_gib", "max_voxels", "mixtures", "noise_multiplier", "norm_groups",
+        "max_grad_norm", "max_reid_risk", "max_scans_per_patient", "max_unpacked_gib", "max_voxels", "mixtures",
+        "noise_multiplier", "norm_groups",
         "patients", "releasable", "residual_units", "resume", "sample_rate", "scale", "scans_per_patient", "seed",
         "shape", "share", "spacing_mm", "split_seed", "steps", "synthetic", "threads", "workers",
     }

@@ -19,8 +19,8 @@ def encode(result: Result, out: Path) -> list[str]:
     ]
     if result["active"] < result["latent_dim"]:
         lines.append(
-            f"only {result['active']} of the {result['latent_dim']} numbers vary: the others' directions drowned in the "
-            "noise of training, as they do with few patients or a small epsilon"
+            f"only {result['active']} of the {result['latent_dim']} numbers vary: the others' directions drowned in "
+            "the noise of training, as they do with few patients or a small epsilon"
         )
     if result["silhouette"] is not None:
         lines.append(f"{result['clusters']} clusters, silhouette {result['silhouette']:.2f} (1 apart, 0 overlapping)")

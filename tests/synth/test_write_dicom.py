@@ -90,7 +90,7 @@ def test_dcentvfy_finds_one_consistent_set(written):
 
 
 def test_attributes_say_that_it_is_synthetic(written):
-    kind, cohort, folder = written
+    kind, _, folder = written
     for path in folder.rglob("*.dcm"):
         d = pydicom.dcmread(path)
         assert d.SyntheticData == "YES"
