@@ -1,6 +1,7 @@
 """What `medvae plan` foresees of DP-SGD against what then happens, in CPU seconds.
 
     python pipelines/benchmarks/plan.py COHORT --steps 12      # a cohort made by `medvae ingest`; it is left untouched
+    python pipelines/benchmarks/plan.py COHORT --steps 12 --engines    # what happens by this engine and by functorch
 
 Plan and run have a process each and see a copy of the cohort. CPU time, as a busy machine stretches the wall's.
 """
@@ -57,6 +58,17 @@ def happened(cohort: Path, config: TrainConfig, run: Path) -> dict[str, float]:
     }
 
 
+def print_engines(cohort: Path, steps: int) -> None:
+    """Train with each engine on a copy of the cohort; print CPU seconds and peak memory."""
+    print("| | a step, CPU s | all of DP-SGD, CPU s | peak memory, GB |\n|---|---|---|---|")
+    for name in ("bookkeeping", "functorch"):
+        with tempfile.TemporaryDirectory() as folder:
+            copied = shutil.copytree(cohort, Path(folder) / "cohort")
+            words = [str(copied), "--steps", str(steps), "--part", "train", "--grad-sampler", name]
+            found = in_process(words)
+        print(f"| {name} | " + " | ".join(f"{value:.3g}" for value in found.values()) + " |", flush=True)
+
+
 def in_process(words: list[str]) -> dict[str, float]:
     done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -67,11 +79,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cohort", type=Path)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--engines", action="store_true", help="compare this engine and functorch, without a plan")
+    parser.add_argument("--grad-sampler", choices=("bookkeeping", "functorch"), default="bookkeeping")
     parser.add_argument("--part", choices=("plan", "train"), help="print one part's numbers as JSON")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = Recipe(dpsgd=DpSgdConfig(enabled=True, steps=options.steps))
+    recipe = Recipe(dpsgd=DpSgdConfig(enabled=True, steps=options.steps, grad_sampler=options.grad_sampler))
     config: Any = build(TrainConfig, dp_epsilon=8.0, recipe=recipe, device="cpu")
     if options.part == "plan":
         print(json.dumps(foreseen(options.cohort, config)))
@@ -79,6 +93,9 @@ def main() -> None:
     if options.part == "train":
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(happened(options.cohort, config, Path(folder) / "run")))
+        return
+    if options.engines:
+        print_engines(options.cohort, options.steps)
         return
     found = {}
     for part in ("plan", "train"):

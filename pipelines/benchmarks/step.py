@@ -1,4 +1,4 @@
-"""Time and memory of one DP-SGD step by patient, and memory against the size of the cohort.
+"""Time and memory of one DP-SGD step by patient, against the size of the batch and of the cohort.
 
     python pipelines/benchmarks/step.py            # table; --json FILE writes the numbers too
     python pipelines/benchmarks/step.py --quick    # the small sizes only
@@ -135,6 +135,25 @@ def step_times(
     }
 
 
+def batch_time(drawn: int, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
+    """Return CPU seconds of a private step on so many patients of one scan each, with one model for all sizes."""
+    space = make_space(shape, ())
+    recipe = resolve(RECIPE, 2000, space)
+    rng = np.random.default_rng(0)
+    x = rng.random((drawn, space.channels, *shape), dtype=np.float32)
+    batch = Batch(x, np.eye(2, dtype=np.float32)[np.arange(drawn) % 2], np.arange(drawn))
+    latent = torch.randn(drawn, recipe.model.latent_dim)
+    plan = PrivacyPlan(8.0, 1e-5, 2000, 1.0, PLAN["noise_multiplier"], PLAN["max_grad_norm"], 1, ())
+    engine = make_engine(build_model(space, recipe), plan, recipe.model.latent_dim, space, recipe.dpsgd)
+    optimizer = PatientDPOptimizer(inner_optimizer(engine.parameters, 1e-3), engine, expected_patients=drawn, **PLAN)
+    source, times = os_noise(), []
+    for _ in range(repeats + 2):
+        begun = time.process_time()
+        optimizer.step_on(batch, latent, source)
+        times.append(time.process_time() - begun)
+    return {"patients": drawn, "step_s": statistics.median(times[2:])}
+
+
 def train_on(patients: int, shape: tuple[int, ...], steps: int) -> dict[str, float]:
     """Take DP-SGD steps of 16 expected patients on a cohort of `patients`."""
     space = make_space(shape, ())
@@ -182,6 +201,14 @@ def main() -> None:
                 f"private {row['private_s']:.3f} s ({row['ratio']:.2f}x), noise {row['noise_s']:.4f} s "
                 f"({100 * row['noise_share']:.1f} %), peak {row['peak_mib']:.0f} MiB"
             )
+    batches = []
+    for drawn in (16, 32, 64, 128, 256):
+        row = in_child(batch_time, drawn, (28, 28), 9)
+        batches.append(row)
+        print(
+            f"batch of {drawn:>3} patients: step {row['step_s']:.4f} s, "
+            f"{1e3 * row['step_s'] / drawn:.3f} ms a patient, peak {row['peak_mib']:.0f} MiB"
+        )
     cohorts = []
     for patients in (100, 100_000) if options.quick else (100, 1_000, 10_000, 100_000):
         row = in_child(train_on, patients, (28, 28), 5 if options.quick else 20)
@@ -191,7 +218,9 @@ def main() -> None:
             f"(largest draw: {row['largest_batch']:.0f} scans)"
         )
     if options.json:
-        options.json.write_text(json.dumps({"threads": options.threads, "steps": steps, "cohorts": cohorts}, indent=2))
+        options.json.write_text(
+            json.dumps({"threads": options.threads, "steps": steps, "batches": batches, "cohorts": cohorts}, indent=2)
+        )
 
 
 if __name__ == "__main__":

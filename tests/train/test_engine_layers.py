@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,12 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-GRID = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from medvae.train.engine import book, convolution, segments
+
+GRID = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=5).map(tuple)
 BOUNDS = st.sampled_from([0.01, 1.0, 1e6])
 STRATEGIES = st.sampled_from([None, "loop", "grouped4", "grouped8", "unfold", "ghost", "recompute", "products"])
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+# Limits by which layers as small as these count as large: rows are kept one by one, windows copied along channels and a
+# few patients at a time, products taken a patient.
+AS_LARGE: dict[Any, dict[str, Any]] = {
+    book: {"SMALL": 0},
+    convolution: {"SMALL": 0, "WIDE": 1, "WINDOW_BYTES": 2**15},
+    segments: {"SHORT": 0},
+}
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -76,6 +87,7 @@ def convolutions(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
     bound=BOUNDS,
     strategy=STRATEGIES,
     layout=st.sampled_from(["dense", "last", "strided"]),
+    large=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_convolutions(
@@ -84,12 +96,17 @@ def test_convolutions(
     bound: float,
     strategy: str | None,
     layout: str,
+    large: bool,
     seed: int,
 ) -> None:
+    """`large`: the ways that are meant for large layers, on small ones."""
     torch.manual_seed(seed)
     layer, shape = drawn
     before = CONVOLUTIONS[len(shape) - 1](shape[0], shape[0], 1)  # so that the input needs a gradient as well
-    check(Loss(before, layer, layout=layout), (torch.randn(sum(counts), *shape),), counts, bound, strategy)
+    with ExitStack() as patched:
+        for module, values in AS_LARGE.items() if large else ():
+            patched.enter_context(patch.multiple(module, **values))
+        check(Loss(before, layer, layout=layout), (torch.randn(sum(counts), *shape),), counts, bound, strategy)
 
 
 @GRID
