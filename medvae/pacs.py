@@ -111,7 +111,10 @@ def web_client(place: DicomWeb) -> Any:
     else:
         session.auth = lambda request: request  # without this, requests would look into ~/.netrc
     with talking():
-        return DICOMwebClient(place.url, session=session, timeout=TIMEOUT)
+        client = DICOMwebClient(place.url, session=session, timeout=TIMEOUT)
+        # A short wait for a busy server; after that, the same command goes on where it stopped.
+        client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=200)
+    return client
 
 
 def _bearer(request: Any, token: str) -> Any:
