@@ -78,7 +78,8 @@ def geometry(frames: Sequence[Frame], rules: Rules = Rules()) -> Geometry:  # no
     if len(frames) == 1:
         orientation, position = first.orientation or AXIAL, first.position or ORIGIN
         spacing = first.spacing or (1.0, 1.0)
-        return Geometry((0,), _affine(_axes(orientation), spacing, _axes(orientation)[2], position))
+        axes = _axes(orientation)
+        return Geometry((0,), _affine(axes, spacing, axes[2] * first.thickness, position))
     if any(f.spacing is None for f in frames):
         raise Unusable("no slice position or orientation")
     height = heights(frames)

@@ -50,7 +50,7 @@ Marks = tuple[str, ...]
 @dataclass(frozen=True, slots=True, repr=False)
 class Frame:
     """One image of a file. spacing is (between rows, between columns) in mm; marks: what tells apart images at one
-    place, in the order of `MARK_TAGS`; segment: for segmentations, its number."""
+    place, in the order of `MARK_TAGS`; segment: for segmentations, its number; thickness: of a slice alone, in mm."""
 
     file: str
     index: int
@@ -61,6 +61,7 @@ class Frame:
     spacing: tuple[float, ...] | None
     marks: Marks = ()
     segment: int = 0
+    thickness: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -180,7 +181,7 @@ def _frames(path: str, ds: Any, rows: int, columns: int, count: int) -> tuple[tu
     slices = ds.get("SliceVector")
     stacked = None not in (orientation, position) and step != 0 and slices is not None and len(slices) == count
     if count == 1 or not stacked:
-        one = Frame(path, 0, rows, columns, orientation, position, _spacing(ds), _marks(ds))
+        one = Frame(path, 0, rows, columns, orientation, position, _spacing(ds), _marks(ds), thickness=_thickness(ds))
         return (one,), count == 1
     normal = np.cross(orientation[:3], orientation[3:])  # type: ignore[index]
     places = [np.asarray(position) + normal * step * (int(s) - 1) for s in slices]
@@ -214,12 +215,21 @@ def _enhanced(path: str, index: int, rows: int, columns: int, own: Any, shared: 
         file=path, index=index, rows=rows, columns=columns,
         orientation=_numbers(macro("PlaneOrientationSequence").get("ImageOrientationPatient"), 6),
         position=_numbers(macro("PlanePositionSequence").get("ImagePositionPatient"), 3),
-        spacing=_spacing(measures), marks=tuple(marks), segment=int(segment or 0),
+        spacing=_spacing(measures), marks=tuple(marks), segment=int(segment or 0), thickness=_thickness(measures),
     )  # fmt: skip
 
 
 def _marks(ds: Any) -> Marks:
     return tuple("" if ds.get(tag) is None else str(ds.get(tag)) for tag in MARK_TAGS)
+
+
+def _thickness(ds: Any) -> float:
+    """Return how far a slice reaches, in mm: the distance between slices, else their thickness, else 1."""
+    for tag in ("SpacingBetweenSlices", "SliceThickness"):
+        value = float(ds.get(tag) or 0)
+        if np.isfinite(value) and value > 0:
+            return value
+    return 1.0
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:

@@ -5,7 +5,7 @@
     python pipelines/fuzz/readers.py atheris SEEDS --seconds 600   coverage-guided changes (pip install atheris)
 
 SEEDS is a folder of DICOM, NIfTI, zip, tar or .npz files. The cases of `truncate` and `mutate` run in a child process
-with a bound on its memory; a case that crashes it, hangs, or raises anything but the readers' own verdicts is a finding,
+with a bound on its memory; a case that crashes it, hangs, or raises anything but the readers own verdicts is a finding,
 kept under --keep. Exit code 1 where there was any.
 """
 
