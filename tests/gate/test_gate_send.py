@@ -158,7 +158,7 @@ def test_secrets_are_in_no_log(orthanc: Orthanc, base_release: Path, caplog: pyt
 @pytest.mark.parametrize("title", ["WRONG", "ORTHANC"])
 def test_a_node_that_refuses_or_is_not_there(title: str, orthanc: Orthanc, base_release: Path) -> None:
     port = orthanc.dicom_port if title == "WRONG" else 4243
-    with pytest.raises(InputError, match="does not answer or refuses|cannot be reached"):
+    with pytest.raises(InputError, match=r"does not answer or refuses|cannot be reached"):
         send(base_release, f"dicom://{title}@127.0.0.1:{port}")
 
 
