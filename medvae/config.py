@@ -220,6 +220,10 @@ class Recipe(Frozen):
             raise ValueError("every stage is switched off: enable moments or dpsgd")
         if self.dpsgd.enabled is False and self.deep:
             raise ValueError(f"{self.deep} belongs to the network that DP-SGD trains: enable dpsgd, or leave it out")
+        if self.extra_share >= 1:
+            raise ValueError(
+                f"prior and teacher share {self.extra_share:g} of the budget and leave the model nothing: lower them"
+            )
         if self.prior.kind != "none" and self.model.latent == "field":
             raise ValueError(
                 "a fitted prior is over vectors of codes: set model.latent to vector, or prior.kind to none"
