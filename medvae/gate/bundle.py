@@ -124,9 +124,9 @@ def _inference() -> dict[str, Any]:
         "network_def": {"_target_": "medvae.synth.network.Generator", "folder": "$@bundle_root + '/models'"},
         "network": "@network_def",
         "initialize": [],
-        "run": ["$medvae.synth.network.write_volumes(@network, @output_dir, @count, @seed, @formats)"],
+        "run": ["$write_volumes(@network, @output_dir, @count, @seed, @formats)"],
         "finalize": [],
-        "imports": ["$import medvae.synth.network"],
+        "imports": ["$from medvae.synth.network import write_volumes"],
     }
 
 
