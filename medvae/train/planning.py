@@ -12,7 +12,9 @@ from medvae.dp.accounting import canonical, pld_epsilon
 from medvae.dp.delta import check_delta, default_delta
 from medvae.dp.goal import goal_of
 from medvae.dp.staging import DPSGD, TRAINED, plan_stages
-from medvae.nets.build import build_model
+from medvae.errors import ConfigError
+from medvae.nets.build import build_model, mixture_shapes
+from medvae.train.moments import MomentShapes
 from medvae.train.rule import moment_shares, resolve
 from medvae.train.stages import check_stages, prior_shares, trained_stages
 from medvae.types import ImageSpace, Mechanism, PrivacyPlan
@@ -55,6 +57,16 @@ def make_plan(patients: int, space: ImageSpace, config: TrainConfig) -> TrainPla
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if recipe.dpsgd.enabled else 0
     warnings += cohort_warnings(privacy, parameters)
     return TrainPlan(recipe, privacy, parameters, tuple(warnings), goal.to_json())
+
+
+def moment_shapes(recipe: Recipe) -> MomentShapes:
+    """Return how fine the closed form's releases are; raises ConfigError for a recipe that is not resolved."""
+    m, latent = recipe.moments, recipe.model.latent_dim
+    if m.basis_shape is None or m.coarse_shape is None or m.spectrum_weight is None or latent is None:
+        raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
+    lloyd = recipe.mixture.lloyd_steps
+    clips = m.public_clips is True
+    return MomentShapes(m.basis_shape, m.coarse_shape, latent, m.spectrum_weight, mixture_shapes(recipe), lloyd, clips)
 
 
 def cohort_warnings(plan: PrivacyPlan, parameters: int) -> list[str]:

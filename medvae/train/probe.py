@@ -9,14 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from medvae.dp.noise import os_noise
 from medvae.nets.build import build_model
 from medvae.train.engine.memory import peak_bytes
 from medvae.train.loop import make_engine
+from medvae.train.moments import CHUNK_VOXELS, fit_moments
 from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_optimizer
-from medvae.train.planning import TrainPlan
+from medvae.train.planning import TrainPlan, moment_shapes
 from medvae.types import Batch, ImageSpace
 
 # Larger steps are measured on so many scans, and scaled: from here on cost is linear in the batch.
@@ -29,7 +31,7 @@ class Cost:
     """Measured on this machine, of the DP-SGD stage.
 
     step_seconds: a whole step at the expected batch; total_seconds: all steps, the engine's check and its choice of
-    strategies; memory_gb: peak of the process, at the largest batch that is to be expected.
+    strategies; memory_gb: peak of the process, over the closed form too, at the largest batch that is to be expected.
     """
 
     step_seconds: float
@@ -56,6 +58,8 @@ def step_cost(
     if not recipe.dpsgd.enabled or recipe.model.latent_dim is None:
         return None
     device = device or torch.device("cpu")
+    if recipe.moments.enabled:
+        _take_moments(plan, space)
     began = clock()
     model = build_model(space, recipe).to(device)
     engine = make_engine(model, privacy, recipe.model.latent_dim, space, recipe.dpsgd, memory_gib=memory_gib)
@@ -91,6 +95,27 @@ def step_cost(
     seconds = fixed + (taken - fixed) * scale if scale > 1 else taken
     total = checked + max(0.0, choosing - 2 * taken) + privacy.steps * seconds
     return Cost(seconds, total, peak_bytes(device) / 1e9)
+
+
+@dataclass(frozen=True)
+class _MadeUp:
+    """Random scans, one a patient, as the closed form reads a cohort."""
+
+    space: ImageSpace
+
+    def rows(self, patients: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return patients
+
+    def load(self, rows: npt.NDArray[np.int64]) -> Batch:
+        return made_up_batch(self.space, len(rows), 1.0)
+
+
+def _take_moments(plan: TrainPlan, space: ImageSpace) -> None:
+    """Release the closed form of made-up scans: its memory, which grows with what it reads at a time and no further."""
+    at_once = max(1, CHUNK_VOXELS // (space.channels * math.prod(space.spatial_shape)))
+    patients = np.arange(min(plan.privacy.patients, 2 * at_once + 1), dtype=np.int64)
+    noise = {m.name: m.noise_multiplier for m in plan.privacy.mechanisms}
+    fit_moments(_MadeUp(space), patients, noise, moment_shapes(plan.recipe), noise=os_noise())
 
 
 def made_up_batch(space: ImageSpace, patients: int, mean_scans: float) -> Batch:

@@ -32,7 +32,7 @@ from medvae.dp.ledger import Ledger, Receipt
 from medvae.dp.ledger_place import ledger_facts, open_ledger
 from medvae.dp.staging import DPSGD
 from medvae.errors import BudgetExceeded, ConfigError, RunError
-from medvae.nets.build import TEACHER_PREFIX, build_model, make_card, mixture_shapes, state_arrays
+from medvae.nets.build import TEACHER_PREFIX, build_model, make_card, state_arrays
 from medvae.nets.cvae import ConditionalVAE
 from medvae.nets.teacher import Teacher
 from medvae.synth.store import write_release
@@ -41,8 +41,8 @@ from medvae.train.checkpoint import load_checkpoint, save_checkpoint, write_json
 from medvae.train.claim import SCHEMA, privacy_claim, public_cohort
 from medvae.train.distributed import make_job
 from medvae.train.loop import ALONE, OnStep, require_memory, train_dpsgd
-from medvae.train.moments import MomentShapes, fit_moments
-from medvae.train.planning import TrainPlan, make_plan
+from medvae.train.moments import fit_moments
+from medvae.train.planning import TrainPlan, make_plan, moment_shapes
 from medvae.train.pretraining import PublicCohort, open_public, pretraining_stage, with_public
 from medvae.train.randomness import Randomness, make_randomness
 from medvae.train.sampler import PatientSampler
@@ -176,18 +176,7 @@ def _moments_stage(
         if canaries is not None:
             canaries.releases.restore(done[1].get("canaries", {}))
         return
-    settings = plan.recipe.moments
-    if settings.basis_shape is None or settings.coarse_shape is None or settings.spectrum_weight is None:
-        raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
-    shapes = MomentShapes(
-        settings.basis_shape,
-        settings.coarse_shape,
-        model.latent_dim,
-        settings.spectrum_weight,
-        mixture_shapes(plan.recipe),
-        plan.recipe.mixture.lloyd_steps,
-        settings.public_clips is True,
-    )
+    shapes = moment_shapes(plan.recipe)
     charged = [m for m in plan.privacy.mechanisms if m.name in shapes.releases]
     part = fit_moments(
         store,
