@@ -90,5 +90,5 @@ def test_main_ingests_a_folder_of_scans(migrated: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--dp-epsilon", "--tier", "--count", "--format", "--report", "--output"])
 def test_the_project_uses_options_that_exist(option: str) -> None:
-    source = (ROOT / "medvae" / "cli.py").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "medvae").glob("cli*.py")))
     assert f'"{option}"' in source or f"{option.lstrip('-')}: Annotated" in source

@@ -94,7 +94,9 @@ def test_private_statistics_stay_in_the_private_folder(cohort: Path, tmp_path: P
         content = path.read_bytes()
         assert not any(value.encode() in content for value in planted)
         assert str(cohort).encode() not in content
-        assert not any(word in content for word in (b'"loss"', b"median_norm", b"clipped"))
+        assert not any(word in content for word in (b'"loss"', b"median_norm"))
+        # canary.json counts clipped made-up patients; of real ones nothing is said anywhere.
+        assert b"clipped" not in content or path.name == "canary.json"
 
 
 def test_a_seeded_run_is_repeatable_and_never_releasable(cohort: Path, tmp_path: Path) -> None:
