@@ -110,12 +110,14 @@ def _alone(work: Callable[[A], B], item: A) -> B | None:
 def _calm() -> None:
     """One thread a worker, no word from libraries (they quote header values), and Ctrl-C left to the parent."""
     import logging
+    import os
     import signal
+    import sys
     import warnings
 
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, which reading headers does without
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)

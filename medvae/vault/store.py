@@ -53,7 +53,7 @@ class CohortWriter:
         return self
 
     def open(self, rows: int = 0) -> None:
-        """Begin after `rows` scans that an interrupted run has written. Raises OSError where they are not there."""
+        """Begin after `rows` scans that an interrupted run has written. Raises CohortError where they are not there."""
         folder = self._folder
         self._images = _Appender(folder / "images.npy", np.dtype("<u2"), self._shape, rows)
         if self._with_masks:
@@ -133,7 +133,7 @@ class _Appender:
         header = self._header()
         end = len(header) + rows * int(np.prod(shape)) * dtype.itemsize
         if rows and os.fstat(self._stream.fileno()).st_size < end:
-            raise OSError("rows are missing")
+            raise CohortError("what an interrupted run has left is torn, and was removed: run the command again")
         self._stream.truncate(end if rows else 0)
         self._stream.write(header)
         self._stream.seek(end)
