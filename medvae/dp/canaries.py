@@ -10,7 +10,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -141,7 +141,8 @@ def document(
     """Return canary.json. scores: (m,) by mechanism; records: of `conformance.Watch`; binding: receipt and model;
     walks: of `walks.WalkWatch`, where patterned patients walked.
 
-    Nothing in it comes from a patient: scores are functions of noise, coins and made-up gradients.
+    Nothing in it comes from a patient: scores are functions of noise, coins and made-up gradients, and walks of noise,
+    made-up scans and weights that the claim covers.
     """
     opened = {
         "schema": SCHEMA,
@@ -185,7 +186,8 @@ def judge(document: Mapping[str, Any], mechanisms: Sequence[Mechanism], delta: f
     for name, part in claimed.items():
         of_part = sum(scores.values()) if name == "all" else scores[name]
         results.append(_result(name, np.asarray(of_part), coins, part, ACCUSATION_LEVEL / len(claimed), delta))
-    return _conclude(found, results, mechanisms, records)
+    judged = _conclude(found, results, mechanisms, records)
+    return replace(judged, words=(*judged.words, *walk_words(document.get("walks") or ())))
 
 
 def _walked(document: Mapping[str, Any], mechanisms: Sequence[Mechanism], level: float) -> list[Answer]:
@@ -295,6 +297,18 @@ def _conclude(
     return Judgement(
         verdict, tuple(reasons), tuple(found), tuple(results), tuple(_words(verdict, results, mechanisms, records))
     )
+
+
+def walk_words(walks: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Say in words what the walks of patterned patients showed; nothing where there were none."""
+    if walks:
+        patients, cut = (sum(int(w[key]) for w in walks) for key in ("patients", "clipped"))
+        worst = max(float(w["gap"]) / float(w["tolerance"]) for w in walks)
+        off = "are their true sums but for rounding" if worst <= 1 else "are not what they should be"
+        yield (
+            f"On the model's own path, sums of {patients} contributions of patterned made-up patients ({cut} of them "
+            f"longer than the clip) {off}."
+        )
 
 
 def _words(
