@@ -150,7 +150,8 @@ def test_a_dicomdir_stays_in_its_folder(tmp_path: Path, run: Any) -> None:
     for i in range(3):
         write_slice(
             tmp_path / "raw" / f"{i}.dcm", noise((8, 8), i), PatientID=str(i), PatientName="x",
-            StudyInstanceUID=f"1.{i}", StudyDate="20200101", StudyTime="1", StudyID="1", SeriesNumber=1, InstanceNumber=1,
+            StudyInstanceUID=f"1.{i}", StudyDate="20200101", StudyTime="1", StudyID="1",
+            SeriesNumber=1, InstanceNumber=1,
             AccessionNumber="",
         )  # fmt: skip
         fs.add(tmp_path / "raw" / f"{i}.dcm")
