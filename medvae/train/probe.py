@@ -15,23 +15,28 @@ import torch
 from medvae.dp.noise import os_noise
 from medvae.nets.build import build_model
 from medvae.train.engine.memory import peak_bytes
+from medvae.train.gradient import PlainSampler
 from medvae.train.loop import make_engine
 from medvae.train.moments import CHUNK_VOXELS, fit_moments
 from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_optimizer
+from medvae.train.patterns import walk_steps
 from medvae.train.planning import TrainPlan, moment_shapes
 from medvae.types import Batch, ImageSpace
 
 # Larger steps are measured on so many scans, and scaled: from here on cost is linear in the batch.
 PROBE_SCANS = 256
 TURNS = 3
+# About the scans of a patterned canary patient.
+PATTERN_SCANS = 2.5
 
 
 @dataclass(frozen=True)
 class Cost:
     """Measured on this machine, of the DP-SGD stage.
 
-    step_seconds: a whole step at the expected batch; total_seconds: all steps, the engine's check and its choice of
-    strategies; memory_gb: peak of the process, over the closed form too, at the largest batch that is to be expected.
+    step_seconds: a whole step at the expected batch; total_seconds: all steps, the engine's check, its choice of
+    strategies, and the walks of patterned canaries; memory_gb: peak of the process, over the closed form too, at the
+    largest batch that is to be expected.
     """
 
     step_seconds: float
@@ -78,7 +83,9 @@ def step_cost(
     def step(patients: float) -> float:
         """Return the seconds of a step on so many patients."""
         shown = max(1, min(round(patients), int(PROBE_SCANS / mean_scans)))
-        batch = made_up_batch(space, shown, mean_scans)
+        return take(made_up_batch(space, shown, mean_scans))
+
+    def take(batch: Batch) -> float:
         latent = torch.zeros(len(batch.patient), int(recipe.model.latent_dim or 0))
         began = clock()
         source.mask(privacy.patients, privacy.sample_rate)
@@ -94,7 +101,26 @@ def step_cost(
     scale = max(1.0, expected * mean_scans / PROBE_SCANS)
     seconds = fixed + (taken - fixed) * scale if scale > 1 else taken
     total = checked + max(0.0, choosing - 2 * taken) + privacy.steps * seconds
+    if privacy.private and recipe.canaries.patterns:
+        walks = len(walk_steps(privacy.steps))
+        total += walks * _walk_seconds(take, plan, space, device, clock)
     return Cost(seconds, total, peak_bytes(device) / 1e9)
+
+
+def _walk_seconds(
+    take: Callable[[Batch], float], plan: TrainPlan, space: ImageSpace, device: torch.device, clock: Callable[[], float]
+) -> float:
+    """Return the seconds of one walk of patterned canaries: a step on them, and the gradient of each by itself."""
+    recipe = plan.recipe
+    scans = min(PATTERN_SCANS, recipe.dpsgd.scans_per_patient)
+    patterned = made_up_batch(space, recipe.canaries.patterns, scans)
+    plain = PlainSampler(build_model(space, recipe).to(device), max_scans=PROBE_SCANS)
+    began = clock()
+    take(patterned)
+    for rows in np.split(np.arange(len(patterned.patient)), np.flatnonzero(np.diff(patterned.patient)) + 1):
+        one = Batch(patterned.x[rows], patterned.condition[rows], patterned.patient[rows])
+        plain.clipped_sum(one, torch.zeros(len(rows), int(recipe.model.latent_dim or 0)))
+    return clock() - began
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import torch
 import medvae.train.run as running
 from medvae.config import DpSgdConfig, Recipe, TrainConfig, build
 from medvae.train.engine.memory import peak_bytes
+from medvae.train.patterns import walk_steps
 from medvae.train.planning import make_plan
 from medvae.train.probe import step_cost
 from medvae.vault.store import open_cohort
@@ -39,7 +40,7 @@ def foreseen(cohort: Path, config: TrainConfig) -> dict[str, float]:
 
 
 def happened(cohort: Path, config: TrainConfig, run: Path) -> dict[str, float]:
-    """Return the mean of the steps after those in which strategies are chosen, and the time of all of DP-SGD."""
+    """Return the mean step without canaries' walks or a choice of strategies, and the time of all of DP-SGD."""
     marks: list[float] = []
 
     def timed(*args: Any, **options: Any) -> None:
@@ -49,8 +50,9 @@ def happened(cohort: Path, config: TrainConfig, run: Path) -> dict[str, float]:
 
     stage, running.train_dpsgd = running.train_dpsgd, timed
     running.train(cohort, run, config, on_step=lambda _step, _stats: marks.append(time.process_time()))
-    taken = sorted(b - a for a, b in pairwise(marks[1:-1]))
-    middle = taken[: max(1, len(taken) - 2)]  # the two slowest also choose strategies
+    steps = enumerate(pairwise(marks[1:-1]), start=1)
+    taken = sorted(b - a for step, (a, b) in steps if step not in walk_steps(len(marks) - 2))
+    middle = taken[: max(1, len(taken) - 1)]  # the slowest also chooses strategies
     return {
         "step_s": sum(middle) / len(middle),
         "total_s": marks[-1] - marks[0],
