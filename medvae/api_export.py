@@ -1,4 +1,4 @@
-"""What leaves after the gate, as functions: releases sent to a PACS, and the generator as a MONAI Bundle.
+"""What leaves after the gate, as functions: releases sent to a PACS, and the generator itself.
 
 Like those of medvae.api, each returns the object that `medvae COMMAND --json` prints.
 """
@@ -59,17 +59,24 @@ def export(
 ) -> dict[str, Any]:
     """Pass the gate and write the released generator itself; without a report, the run's latest audit counts.
 
-    kind: "bundle", a MONAI Bundle. It is post-processing of a differentially private model. Raises ConfigError for
-    another kind, and NotReleasable where a check of the gate fails.
+    kind: "bundle", a MONAI Bundle; "onnx", the decoder as a file; "page", an HTML file with sliders, for 2D models. It
+    is post-processing of a differentially private model. Raises ConfigError for another kind, NotReleasable where a
+    check of the gate fails, and MissingPart without the packages of the extra `onnx`.
     """
     from medvae import tracking
     from medvae.api import latest_audit
     from medvae.gate.bundle import export_bundle as write
+    from medvae.gate.decoder import KINDS, export_decoder
     from medvae.report.render import render_certificate, require_pdf
 
-    if kind != "bundle":
-        raise ConfigError(f"there is no export of the kind {kind[:40]!r}: give bundle")
+    if kind not in ("bundle", *KINDS):
+        raise ConfigError(f"there is no export of the kind {kind[:40]!r}: give bundle, {' or '.join(KINDS)}")
     config = config or ReleaseConfig()
+    if kind in KINDS:
+        with tracking.run("export", config.model_dump(), private=False) as track:
+            result = export_decoder(kind, run, out, config, report or latest_audit(run))
+            track.metric("max_abs_error", result["max_abs_error"])
+        return result
     require_pdf()
     with tracking.run("export", config.model_dump(), private=False) as track:
         result = write(run, out, config, report=report or latest_audit(run), render=render_certificate)

@@ -106,9 +106,17 @@ def send(
 
 @commands.command()
 def export(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="bundle: a MONAI Bundle.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND", help="bundle: a MONAI Bundle; onnx: the decoder; page: HTML with sliders, for 2D models."
+        ),
+    ],
     run: Run,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the bundle to write.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="PATH", help="Folder of the bundle, or the file, to write."),
+    ],
     report: Report = None,
     title: Title = None,
     licence: LicenceName = None,
@@ -120,6 +128,8 @@ def export(
     """Pass the gate and write the released generator itself, for others to generate with.
 
     Example: `medvae export bundle run -o bundle`
+
+    As one file: `medvae export onnx run -o model.onnx`, or `medvae export page run -o page.html`
     """
     from medvae import api_export, words_export
     from medvae.config import ReleaseConfig, build
@@ -127,4 +137,4 @@ def export(
     with Console(as_json, quiet) as out:
         config = build(ReleaseConfig, title=title, licence=licence, key=key, override=override)
         result = api_export.export(kind, run, output, config, report=report)
-        out.result(result, words_export.bundle(result, output))
+        out.result(result, words_export.export(result, output))

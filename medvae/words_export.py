@@ -21,6 +21,16 @@ def send(result: Mapping[str, Any]) -> list[str]:
     return [f"sent {result['sent']} of {result['objects']} DICOM objects{there}"]
 
 
+def export(result: Mapping[str, Any], out: Path) -> list[str]:
+    """What was written, of which kind, and how to use it."""
+    if result["formats"] == ["bundle"]:
+        return bundle(result, out)
+    lines = [*words.release(dict(result), out)[:-2], f"{out}: {result['bytes'] / 1e6:.2f} MB"]
+    if result["formats"] == ["onnx"]:
+        return [*lines, f"onnxruntime decodes as torch does, to {result['max_abs_error']:.1e}"]
+    return [*lines, "open it in a browser: nothing is loaded from outside"]
+
+
 def bundle(result: Mapping[str, Any], folder: Path) -> list[str]:
     """What was written, and how to use and check it."""
     run = "python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json"

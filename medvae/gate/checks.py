@@ -19,8 +19,8 @@ from medvae.dp.delta import check_delta
 from medvae.errors import ConfigError
 from medvae.gate import findings
 from medvae.gate.evidence import Evidence
+from medvae.gate.outcome import OVERRIDE, pass_all
 from medvae.gate.outcome import Check as Check
-from medvae.gate.outcome import pass_all
 from medvae.schemas import problem
 from medvae.types import Mechanism
 
@@ -34,14 +34,15 @@ def check_claim(privacy: Mapping[str, Any]) -> list[Check]:
     return pass_all(privacy, (_schema, _releasable, _noise, _unit))
 
 
-def check_run(evidence: Evidence, override: str | None = None) -> list[Check]:
+def check_run(evidence: Evidence, override: str | None = None, remedy: str = OVERRIDE) -> list[Check]:
     """Check model, accounting, receipt, budget, canaries and audit; raises NotReleasable at the first breach.
 
-    override: the recorded reason for letting pass what is a judgement (`gate.findings`) and never a fact.
+    override: the recorded reason for letting pass what is a judgement (`gate.findings`) and never a fact; remedy: the
+    way on that a refused judgement names.
     """
     facts = (_delta, _headline, _accountants, _receipt, _budget, _weights)
     audits = (findings.report, findings.canary, findings.attacks, findings.decision)
-    return pass_all(evidence, [*facts, *audits], override)
+    return pass_all(evidence, [*facts, *audits], override, remedy)
 
 
 def recompute(mechanisms: Sequence[Mechanism], claim: Mapping[str, Any]) -> Check:

@@ -46,7 +46,7 @@ def report(evidence: Evidence) -> Check:
 def attacks(evidence: Evidence) -> Check:
     """The attacks that a release requires must have run on this model."""
     if evidence.audit is None:
-        words = "no audit of this run was given: make one with `medvae audit RUN -o REPORT` and give --report REPORT"
+        words = "no audit of this run was found: make one with `medvae audit RUN -o REPORT`"
         return Check("attacks", False, words, overridable=True)
     ran = {str(f.get("name", "")).split(",")[0] for f in evidence.audit.findings}
     missing = [name for name in REQUIRED_ATTACKS if name not in ran]

@@ -8,6 +8,8 @@ from typing import Any
 
 from medvae.errors import NotReleasable
 
+OVERRIDE = "; or record why it may leave all the same, by --override REASON"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -23,16 +25,19 @@ class Check:
         return {"name": self.name, "ok": self.ok, "detail": self.detail}
 
 
-def pass_all(subject: Any, checks: Sequence[Callable[[Any], Check]], override: str | None = None) -> list[Check]:
+def pass_all(
+    subject: Any, checks: Sequence[Callable[[Any], Check]], override: str | None = None, remedy: str = OVERRIDE
+) -> list[Check]:
     """Return all answers; raises NotReleasable at the first breach that is a fact, or that nobody took upon them.
 
-    override: the reason for which breaches that are judgements are let pass; they stay marked as not ok.
+    override: the reason for which breaches that are judgements are let pass; they stay marked as not ok. remedy:
+    what a refused judgement names as the way on.
     """
     answers = []
     for check in checks:
         answer = check(subject)
         if not answer.ok and not (override and answer.overridable):
-            way = "; or record why it may leave all the same, by --override REASON" if answer.overridable else ""
+            way = remedy if answer.overridable else ""
             raise NotReleasable(f"the gate is closed: {answer.name}: {answer.detail}{way}")
         answers.append(answer)
     return answers

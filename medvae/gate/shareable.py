@@ -9,6 +9,8 @@ from medvae.gate.certificate import short_claim
 from medvae.gate.checks import check_claim, check_run
 from medvae.gate.evidence import read_evidence, read_privacy
 
+AT_HOME = "; or keep what it draws at home, by --private"
+
 
 def require_shareable(run: Path, report: Path | None) -> dict[str, Any]:
     """Return the claim that covers everything computed from RUN/model alone, by post-processing.
@@ -17,5 +19,5 @@ def require_shareable(run: Path, report: Path | None) -> dict[str, Any]:
     """
     privacy = read_privacy(run)
     check_claim(privacy)
-    check_run(read_evidence(run, privacy, report))
+    check_run(read_evidence(run, privacy, report), remedy=AT_HOME)
     return short_claim(privacy)
