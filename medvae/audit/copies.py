@@ -1,9 +1,10 @@
 """Copies: does a synthetic scan show a training patient, shifted by a little or mirrored?
 
-A scan is compared by what it has beyond the average synthetic scan, as the correlation of coarse images; of a
-synthetic scan every small shift and every mirror image is tried, and the best match with any training scan counts.
-Held-out patients, whom the model never saw, say how good a match is by chance: a synthetic scan is flagged when its
-best match is better than the 99.9 % quantile of theirs.
+Two scans are compared by the root mean square of their difference in grey levels at a coarse grid; of a scan every
+small shift and every mirror image is tried, and the nearest training scan counts. How near scans come by chance, those
+say that no model made: held-out patients, and training scans against the scans of all other patients. A synthetic scan
+is flagged when it is nearer than all but 0.1 % of them. Scans that are in a cohort twice, voxel by voxel, are no
+chance: they are counted and set aside.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from medvae.audit.intervals import Estimate, clopper_pearson
 from medvae.audit.material import block_average
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 Images = npt.NDArray[np.float32]
 
 FALSE_FLAGS = 0.001
-# Confidence of the bound where few held-out scans say what chance is; median deviations from which on they are twins.
+# Scans of chance that are needed to set the limit as a quantile, and as many others to measure false flags.
+NEEDED = math.ceil(1 / FALSE_FLAGS)
+# Confidence of the bound where few scans say what chance is; median deviations from which on they are twins.
 SURE, TWINS = 0.95, 10.0
-ALMOST_ONE = 1 - 1e-9
+# Grey levels by which two stored copies of one scan differ at most, by rounding.
+IDENTICAL = 1e-3
 # Longest axis of the images compared, and shifts tried along each axis, in voxels of the scan.
-GRID = {2: 32, 3: 16}
+GRID = {2: 16, 3: 16}
 SHIFTS = {2: (-2, -1, 0, 1, 2), 3: (-1, 0, 1)}
+# Scans compared at a time with all of the other side, which bounds memory.
+BLOCK = 2048
 # A planted copy is shifted and mirrored as above, with this noise.
 PLANTED_NOISE = 0.02
 
@@ -50,19 +57,35 @@ def shifted(images: Images, shift: tuple[int, ...]) -> Images:
     return images
 
 
-def best_match(queries: Images, real: Images, average: Images) -> Floats:
-    """Return the best correlation (N,) of each query, in any variant, with any real scan.
+def nearest(queries: Images, real: Images, own: Ints | None = None, whose: Ints | None = None) -> tuple[Floats, Ints]:
+    """Return how far (N,) each query is, in its best variant, from the nearest real scan, and which that is (N,).
 
-    queries: (N, *spatial), real: (M, *spatial); average: (*spatial,) is taken from both. The smaller group is varied.
+    The distance is the root mean square of the difference, in grey levels from 0 to 1.
+    queries: (N, *spatial), real: (M, *spatial). The smaller group is varied. own (N,), whose (M,): patients; a query
+    is not compared with scans of its own patient.
     """
-    middle = _coarse(average[None])
-    varied, fixed = (queries, real) if len(queries) < len(real) else (real, queries)
-    against = _unit(_coarse(fixed) - middle)
-    best = np.full(len(queries), -1.0)
+    swap = len(real) <= len(queries)
+    varied, fixed = (real, queries) if swap else (queries, real)
+    against = _coarse(fixed).reshape(len(fixed), -1)
+    best, place = np.full(len(queries), np.inf, dtype=np.float32), np.zeros(len(queries), dtype=np.int64)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(fixed), BLOCK)]
     for variant in variants(varied):
-        likeness = _unit(_coarse(variant) - middle) @ against.T
-        best = np.maximum(best, likeness.max(1) if varied is queries else likeness.max(0))
-    return best
+        moved = _coarse(variant).reshape(len(varied), -1)
+        for block in blocks:
+            rows, columns = (block, slice(None)) if swap else (slice(None), block)
+            squares = _squares(against[block], moved) if swap else _squares(moved, against[block])
+            if own is not None and whose is not None:
+                squares[own[rows, None] == whose[None, columns]] = np.inf
+            at = squares.argmin(1)
+            here = squares[np.arange(len(at)), at]
+            place[rows] = np.where(here < best[rows], at + (columns.start or 0), place[rows])
+            best[rows] = np.minimum(best[rows], here)
+    return np.sqrt(np.maximum(best, 0).astype(np.float64) / against.shape[1]), place
+
+
+def _squares(a: Images, b: Images) -> Images:
+    """Return squared distances (N, M) of rows (N, D) and (M, D)."""
+    return np.asarray(np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None] - 2 * (a @ b.T))
 
 
 def _coarse(images: Images) -> Images:
@@ -73,30 +96,25 @@ def _coarse(images: Images) -> Images:
     return block_average(images[inside], GRID[dims])
 
 
-def _unit(images: Images) -> Images:
-    flat = images.reshape(len(images), -1)
-    return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-9))
-
-
 def threshold(chance: Floats) -> float:
-    """Return the correlation that a match by chance exceeds with probability FALSE_FLAGS.
+    """Return the distance below which scans come by chance with probability FALSE_FLAGS at most.
 
-    From 1,000 chance matches on it is their quantile. With fewer, that tail is not in the data. A best match is the
-    largest of many, so its Fisher transform artanh r is taken as Gumbel, by its moments; the reach beyond their mean
-    grows as for a normal tolerance limit that holds with confidence SURE (Wald & Wolfowitz 1946), which is how
-    uncertain few scans leave it. Matches far off the others are twins across the split and no chance.
+    A nearest distance is the least of many, so minus its logarithm is taken as Gumbel, by its moments, which says how
+    far its tail reaches where few scans show it; the reach beyond their mean grows as for a normal tolerance limit that
+    holds with confidence SURE (Wald & Wolfowitz 1946), which is how uncertain few scans leave it. Scans far nearer than
+    the others are twins and no chance. From NEEDED distances on, the limit is no longer than their quantile either.
     """
-    if len(chance) >= 1 / FALSE_FLAGS:
-        return float(np.quantile(chance, 1 - FALSE_FLAGS, method="higher"))
     from scipy.stats import nct, norm
 
-    z = np.arctanh(np.clip(chance, -ALMOST_ONE, ALMOST_ONE))
+    z = -np.log(np.maximum(chance, IDENTICAL))
     away = np.abs(z - np.median(z))
     z = z[away <= TWINS * max(float(np.median(away)), 1e-6)]
     n, usual = len(z), float(norm.ppf(1 - FALSE_FLAGS))
     unsure = float(nct.ppf(SURE, n - 1, usual * math.sqrt(n))) / math.sqrt(n) / usual
     gumbel = (-math.log(-math.log1p(-FALSE_FLAGS)) - np.euler_gamma) * math.sqrt(6) / math.pi
-    return math.tanh(float(z.mean()) + unsure * gumbel * max(float(z.std(ddof=1)), 1e-6))
+    bound = math.exp(-(float(z.mean()) + unsure * gumbel * max(float(z.std(ddof=1)), 1e-6)))
+    enough = len(chance) >= NEEDED
+    return min(bound, float(np.quantile(chance, FALSE_FLAGS, method="lower"))) if enough else bound
 
 
 def planted(images: Images, count: int, seed: int) -> Images:
@@ -111,7 +129,7 @@ def planted(images: Images, count: int, seed: int) -> Images:
     return np.clip(made + rng.normal(0, PLANTED_NOISE, made.shape).astype(np.float32), 0, 1)
 
 
-def share_above(matches: Floats, limit: float, confidence: float) -> Estimate:
-    """Return the share of matches above a limit with its exact interval."""
-    hits = int((matches > limit).sum())
-    return Estimate(hits / len(matches), *clopper_pearson(hits, len(matches), confidence), len(matches))
+def share_below(distances: Floats, limit: float, confidence: float) -> Estimate:
+    """Return the share of distances below a limit with its exact interval."""
+    hits = int((distances < limit).sum())
+    return Estimate(hits / len(distances), *clopper_pearson(hits, len(distances), confidence), len(distances))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from medvae.audit import copies, inference
 from medvae.audit.case import Case
@@ -16,6 +17,10 @@ from medvae.audit.intervals import Estimate
 from medvae.audit.material import Scans
 from medvae.audit.membership import MIN_PATIENTS
 from medvae.audit.synthetic_only import projection
+from medvae.types import FloatArray
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 TABLE_FEATURES = 4
 PLANTED = 200
@@ -25,21 +30,36 @@ FOUND = 0.99
 
 @dataclass(frozen=True)
 class Copies:
-    """Share of synthetic scans flagged, of held-out scans flagged (falsely), of planted copies found."""
+    """Share of synthetic scans flagged, of scans of chance flagged (falsely), of planted copies found.
+
+    false_flags: on scans that had no part in setting the limit; None where they are too few, `chance` of them.
+    twins: scans of chance that are in the training data voxel by voxel, and so say nothing of chance.
+    """
 
     threshold: float
     share: Estimate
-    false_flags: Estimate
+    false_flags: Estimate | None
     planted_found: Estimate
+    chance: int
+    twins: int
 
     @property
     def verdict(self) -> str:
-        """What the three shares say together."""
+        """What the shares say together."""
         if self.planted_found.value < FOUND:
             return f"INCONCLUSIVE: only {self.planted_found.value:.0%} of planted copies were found"
         if self.share.low > copies.FALSE_FLAGS:
             return "copies of training scans: more synthetic scans are flagged than chance explains"
         return "no more flagged than by chance, and planted copies are found"
+
+    @property
+    def words(self) -> str:
+        """What a reader must know of false flags, or why there is no number."""
+        if self.false_flags is None:
+            needs, half = copies.NEEDED, self.chance // 2
+            return f"not measurable: needs {needs} scans that had no part in setting the limit, there are {half}"
+        twins = f"; {self.twins} scans that the training data hold twice were set aside" if self.twins else ""
+        return f"scans that no model made and that had no part in setting the limit{twins}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the form in audit.json."""
@@ -48,7 +68,8 @@ class Copies:
             "flagged": round(self.share.value * self.share.n),
             "n": self.share.n,
             "share": self.share._asdict(),
-            "false_flags": self.false_flags._asdict(),
+            "false_flags": None if self.false_flags is None else self.false_flags._asdict(),
+            "false_flags_words": self.words,
             "planted_found": self.planted_found._asdict(),
             "verdict": self.verdict,
         }
@@ -58,16 +79,46 @@ def find_copies(case: Case) -> Copies | None:
     """Look for training scans among the synthetic ones; None where too few held-out patients say what chance is."""
     if len(case.others.patients) < MIN_PATIENTS or len(case.made) < 1:
         return None
-    confidence, rng = case.config.confidence, case.rng(21)
-    train = case.members.images[np.sort(rng.permutation(len(case.members))[:COMPARED])]
-    held = case.others.images[np.sort(rng.permutation(len(case.others))[:COMPARED])]
-    average = case.made.images.mean(0)
-    planted = copies.planted(train, PLANTED, case.config.seed)
-    queries = np.concatenate([case.made.images, held, planted])
-    match = copies.best_match(queries, train, average)
-    made, chance, known = np.split(match, [len(case.made), len(case.made) + len(held)])
-    limit = copies.threshold(chance)
-    return Copies(limit, *(copies.share_above(m, limit, confidence) for m in (made, chance, known)))
+    rng = case.rng(21)
+    train, held = (scans.take(np.sort(rng.permutation(len(scans))[:COMPARED])) for scans in (case.members, case.others))
+    return search_copies(case.made.images, train, held, case.config.confidence, case.config.seed)
+
+
+def search_copies(made: FloatArray, train: Scans, held: Scans, confidence: float, seed: int) -> Copies:
+    """Look for scans of `train` among synthetic images (N, *spatial); `held`: scans of people the model never saw.
+
+    Chance is what held-out scans, and training scans against all other patients', come to. A random half of it sets
+    the limit; the other half says how often a scan is flagged falsely.
+    """
+    planted = copies.planted(train.images, PLANTED, seed)
+    queries = np.concatenate([made, held.images, train.images, planted])
+    nobody = [np.full(len(q), -1) for q in (made, held.images, planted)]
+    own = np.concatenate([nobody[0], nobody[1], train.patient, nobody[2]])
+    ends = np.cumsum([len(made), len(held), len(train)])
+    found, place = copies.nearest(queries, train.images, own, train.patient)
+    ours, outside, within, known = np.split(found, ends)
+    chance = np.concatenate([outside, within])
+    single, setting = chance > copies.IDENTICAL, _halves(len(held), place[ends[1] : ends[2]], seed)
+    if single.sum() < MIN_PATIENTS:  # a cohort of twins: no limit can then find a planted copy, and the verdict says so
+        single[:] = True
+    enough = min((single & setting).sum(), (single & ~setting).sum()) >= copies.NEEDED
+    limit = copies.threshold(chance[single & setting] if enough else chance[single])
+    return Copies(
+        limit,
+        copies.share_below(ours, limit, confidence),
+        copies.share_below(chance[single & ~setting], limit, confidence) if enough else None,
+        copies.share_below(known, limit, confidence),
+        int(single.sum()),
+        int((~single).sum()),
+    )
+
+
+def _halves(held: int, nearest: Ints, seed: int) -> Bools:
+    """Return a random half (held + N,); two training scans that are each other's nearest fall on the same side."""
+    own = np.arange(len(nearest))
+    pair = np.where(nearest[nearest] == own, np.minimum(own, nearest), own)
+    rng = np.random.default_rng([seed, 47])
+    return np.concatenate([rng.random(held) < 0.5, (rng.random(len(nearest)) < 0.5)[pair]])
 
 
 def inference_risks(case: Case) -> list[Risk]:

@@ -312,7 +312,8 @@ def copies_part(found: Copies) -> Part:
             "privacy",
             found.false_flags,
             baseline=FALSE_FLAGS,
-            verdict="held-out scans above the threshold that they set",
+            verdict=found.words,
+            n=found.chance,
         ),
     )
     return Part(lines, {}, {}, {"copies": found.to_json()})

@@ -9,9 +9,12 @@ from audit_world import phantom_scans
 from medvae.audit import copies, inference, synthetic_only
 from medvae.audit.inference import Table
 from medvae.audit.intervals import Estimate, auc, clopper_pearson
+from medvae.audit.material import Scans
 from medvae.audit.membership import Scores
+from medvae.audit.risks import search_copies
 from medvae.audit.shadows import splits
 from medvae.audit.subgroups import subgroups
+from medvae.audit.verdicts import copies_part
 
 RNG = np.random.default_rng
 
@@ -26,32 +29,94 @@ def textures(count: int, seed: int) -> np.ndarray:
     return np.clip(0.5 + base + 0.8 * noise, 0, 1).astype(np.float32)
 
 
+def scans_of(images: np.ndarray, first: int = 0) -> Scans:
+    space = phantom_scans(2, 1, 0, 16).space
+    patients = np.arange(first, first + len(images))
+    return Scans(images[:, None], np.zeros((len(images), space.condition_width), np.float32), patients, space)
+
+
 def test_planted_copies_are_found_and_strangers_are_not() -> None:
     train, held, fresh = textures(100, 1), textures(60, 2), textures(3000, 3)
     planted = copies.planted(train, 300, 0)
-    match = copies.best_match(np.concatenate([held, fresh, planted]), train, train.mean(0))
-    limit = copies.threshold(match[:60])
-    assert (match[60:3060] > limit).mean() <= copies.FALSE_FLAGS
-    assert (match[3060:] > limit).mean() >= 0.99
+    far, _ = copies.nearest(np.concatenate([held, fresh, planted]), train)
+    limit = copies.threshold(far[:60])
+    assert (far[60:3060] < limit).mean() <= copies.FALSE_FLAGS
+    assert (far[3060:] < limit).mean() >= 0.99
 
 
 def test_every_mirror_image_and_small_shift_is_a_copy() -> None:
     train = textures(20, 1)
     moved = copies.shifted(train[:, ::-1, :], (1, -2))
-    assert copies.best_match(moved, train, train.mean(0)).min() > 0.9
-    assert copies.best_match(textures(20, 9), train, train.mean(0)).max() < 0.9
+    far, which = copies.nearest(moved, train)
+    assert far.max() < copies.IDENTICAL
+    assert which.tolist() == list(range(20))
+    assert copies.nearest(textures(20, 9), train)[0].min() > 0.05
 
 
-def test_the_threshold_is_the_quantile_where_there_are_enough_and_a_bound_where_not() -> None:
+def test_a_scan_is_not_compared_with_its_own_patient() -> None:
+    train = textures(30, 1)
+    patients = np.arange(30) // 2
+    far, which = copies.nearest(train, train, patients, patients)
+    assert far.min() > 0.05
+    assert (patients[which] != patients).all()
+
+
+def test_the_threshold_keeps_its_rate_of_false_flags_whatever_the_tail() -> None:
     rng = RNG(4)
 
     def draw(n: int) -> np.ndarray:
-        return np.tanh(rng.gumbel(0.5, 0.05, n))  # the largest of many
+        return np.exp(-rng.gumbel(2.5, 0.1, n))  # the least of many
 
-    many = [(draw(100_000) > copies.threshold(draw(20_000))).mean() for _ in range(20)]
-    assert abs(np.mean(many) - copies.FALSE_FLAGS) < 3e-4
-    rates = [(draw(20_000) > copies.threshold(draw(40))).mean() for _ in range(60)]
+    many = [(draw(100_000) < copies.threshold(draw(20_000))).mean() for _ in range(20)]
+    assert copies.FALSE_FLAGS / 2 < np.mean(many) <= copies.FALSE_FLAGS
+    rates = [(draw(20_000) < copies.threshold(draw(40))).mean() for _ in range(60)]
     assert (np.asarray(rates) <= copies.FALSE_FLAGS).mean() >= 0.85  # 0.95 of them, give or take
+    heavy = [(rng.gamma(3, 1, 100_000) < copies.threshold(rng.gamma(3, 1, 20_000))).mean() for _ in range(20)]
+    assert np.mean(heavy) <= copies.FALSE_FLAGS
+
+
+def test_blocks_do_not_change_what_is_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, queries = textures(40, 1), textures(25, 2)
+    patients, own = np.arange(40) // 2, np.arange(25)
+    whole = [copies.nearest(queries, train, own, patients), copies.nearest(train, queries, patients, own)]
+    monkeypatch.setattr(copies, "BLOCK", 7)
+    pieces = [copies.nearest(queries, train, own, patients), copies.nearest(train, queries, patients, own)]
+    for (far, which), (far_too, which_too) in zip(whole, pieces, strict=True):
+        assert far == pytest.approx(far_too, abs=1e-5)
+        assert which.tolist() == which_too.tolist()
+
+
+def test_false_flags_are_measured_on_scans_that_set_no_limit() -> None:
+    train, held = scans_of(textures(2100, 1)), scans_of(textures(300, 2), 9000)
+    found = search_copies(textures(200, 3), train, held, 0.95, 0)
+    assert found.planted_found.value >= 0.99
+    assert found.false_flags is not None
+    assert 1000 <= found.false_flags.n < 2000
+    assert found.false_flags.value <= copies.FALSE_FLAGS
+    assert found.share.value == 0
+    assert search_copies(copies.planted(train.images, 50, 7), train, held, 0.95, 0).share.value >= 0.99
+
+
+def test_too_few_scans_for_false_flags_say_how_many_are_needed() -> None:
+    found = search_copies(textures(30, 3), scans_of(textures(100, 1)), scans_of(textures(45, 2), 900), 0.95, 0)
+    assert found.false_flags is None
+    assert found.words == "not measurable: needs 1000 scans that had no part in setting the limit, there are 72"
+    line = next(f for f in copies_part(found).findings if f.name == "copies, false flags")
+    assert line.value is None
+    assert line.verdict == found.words
+    assert found.planted_found.value >= 0.99
+
+
+def test_scans_that_a_cohort_holds_twice_are_counted_and_are_no_chance() -> None:
+    """One person under two identifiers would otherwise put the limit at zero, and hide every copy."""
+    images = textures(2100, 1)
+    images[:40] = images[40:80]
+    held = textures(300, 2)
+    held[:5] = images[100:105]
+    found = search_copies(textures(50, 3), scans_of(images), scans_of(held, 9000), 0.95, 0)
+    assert found.twins == 85
+    assert "85 scans that the training data hold twice" in found.words
+    assert found.planted_found.value >= 0.99
 
 
 def test_synthetic_only_attacks_find_a_generator_that_repeats_and_spare_one_that_does_not() -> None:
