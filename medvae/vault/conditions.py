@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from medvae.errors import CohortError, ConfigError
-from medvae.types import Condition, ConditionValue
+from medvae.types import MISSING_CLASS, Condition, ConditionValue
 from medvae.vault.table import Row
 
 MAX_CLASSES = 20
 CLASSES_AT_MOST = 10  # a bare numeric column with more distinct values is a continuous covariate
-ABSENT = "missing"
 PUBLIC_RANGES = {"age": (0.0, 100.0)}  # years
 AGE = re.compile(r"(\d{1,3})([DWMY])")  # DICOM's AS, PS3.5 section 6.2
 YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
@@ -53,7 +52,7 @@ def settle_missing(specs: Sequence[str], rows: Sequence[Row], rule: str) -> tupl
                 f"condition {name!r} is no plain class and has no class for missing values: drop the scans"
             )
     return [
-        replace(row, values={**row.values, **dict.fromkeys(names, ABSENT)})
+        replace(row, values={**row.values, **dict.fromkeys(names, MISSING_CLASS)})
         for row, names in zip(rows, absent, strict=True)
     ], 0
 
@@ -117,8 +116,8 @@ def _condition(spec: str, rows: Sequence[Row]) -> Condition:
         return Condition(name, "continuous", range=(0.0, len(levels) - 1.0), levels=levels)
     if "|" in declared:
         classes = tuple(c.strip() for c in declared.split("|"))
-        if ABSENT in texts and ABSENT not in classes:
-            classes = (*classes, ABSENT)
+        if MISSING_CLASS in texts and MISSING_CLASS not in classes:
+            classes = (*classes, MISSING_CLASS)
         return _declared_classes(name, classes, texts)
     if declared:
         return Condition(name, "continuous", range=_range(name, declared, texts))

@@ -117,6 +117,11 @@ def ask(what: str, path: Path, indices: Sequence[int] | None, rules: Rules) -> l
     return _DECODER.frames(what, path, indices, rules)
 
 
+def close() -> None:
+    """End this process's child, if there is one; the next request starts another."""
+    _DECODER.close()
+
+
 def _serve(most: int) -> None:
     """Answer requests until stdin ends. What libraries print goes nowhere: they quote what they read."""
     import resource

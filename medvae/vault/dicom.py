@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from medvae.errors import CohortError
-from medvae.types import Progress
+from medvae.types import FloatArray, Progress
 from medvae.vault.dicom_geometry import Geometry, geometry, straighten
 from medvae.vault.dicom_header import Frame, Header, read_header
 from medvae.vault.dicom_pixels import read_frames
+from medvae.vault.dicom_plain import read_plain
 from medvae.vault.dicom_seg import MISFIT, conflicting, read_mask
 from medvae.vault.dicom_series import stacks
 from medvae.vault.discover import Found, strangers
@@ -93,7 +95,7 @@ def dicom_source(
 
 def _read_tree(found: Found, progress: Progress | None, rules: Rules, run: Map) -> _Tree:
     tree = _Tree(found, strangers(found))
-    shared: dict[object, object] = {}  # one copy of what all images of a series say
+    shared: dict[Any, Any] = {}  # one copy of what all images of a series say
     instances: set[str] = set()
     done = 0
     chunks = (found.files[i : i + CHUNK] for i in range(0, len(found.files), CHUNK))
@@ -120,7 +122,8 @@ def _read_tree(found: Found, progress: Progress | None, rules: Rules, run: Map) 
                 verdict,
                 series=sys.intern(verdict.series),
                 patient=sys.intern(verdict.patient),
-                attributes=shared.setdefault(verdict.attributes, verdict.attributes),  # type: ignore[arg-type]
+                attributes=shared.setdefault(verdict.attributes, verdict.attributes),
+                frames=tuple(_lean(f, shared) for f in verdict.frames),
             )
             if header.patient:
                 tree.issuers[header.patient].add(header.issuer)
@@ -131,6 +134,18 @@ def _read_tree(found: Found, progress: Progress | None, rules: Rules, run: Map) 
             f"{wrong} segment numbers stand for different things in different segmentations: number the segments alike"
         )
     return tree
+
+
+def _lean(frame: Frame, shared: dict[Any, Any]) -> Frame:
+    """Let a frame share with others what is the same in all of them: an archive has millions."""
+
+    def one(value: Any) -> Any:
+        return shared.setdefault(value, value)
+
+    return replace(
+        frame, orientation=one(frame.orientation), spacing=one(frame.spacing), marks=one(frame.marks),
+        plain=one(frame.plain),
+    )  # fmt: skip
 
 
 def _headers(paths: Sequence[Path], rules: Rules) -> list[Header | str]:
@@ -200,30 +215,27 @@ def _scan(header: Header, frames: list[Frame], tree: _Tree, dims: int, need_spac
     if masks and where.straight is not None:
         raise Unusable(MISFIT)
     mask = (Path(masks[0].file), masks[0].frames) if masks else None
-    ordered = tuple((frames[i].file, frames[i].index) for i in where.order)
-    files = tuple(dict.fromkeys(tree.found.name(Path(f)) for f, _ in ordered))
+    ordered = tuple(frames[i] for i in where.order)
+    files = tuple(dict.fromkeys(tree.found.name(Path(f.file)) for f in ordered))
     read = partial(read_stack, ordered, where, mask, rules)
     return Scan(files, read, None, dict(header.attributes), has_mask=mask is not None, also=(header.series,))
 
 
 def read_stack(
-    ordered: Sequence[tuple[str, int]],
+    ordered: Sequence[Frame],
     where: Geometry,
     mask: tuple[Path, tuple[Frame, ...]] | None = None,
     rules: Rules = DEFAULT,
 ) -> Volume:
-    """Decode images, (file, index) in order along the normal, into (columns, rows, slices) with a RAS affine.
+    """Decode images, in order along the normal, into (columns, rows, slices) with a RAS affine.
 
     An index of -1 is the mean over all frames of the file.
     """
-    names = {file for file, _ in ordered}
+    names = {frame.file for frame in ordered}
     if len(names) == 1 and len(ordered) > 1:
-        images = read_frames(Path(names.pop()), [i for _, i in ordered], rules)
+        images = read_frames(Path(names.pop()), [frame.index for frame in ordered], rules)
     else:
-        images = [
-            read_frames(Path(file), [i], rules)[0] if i >= 0 else np.mean(read_frames(Path(file), None, rules), axis=0)
-            for file, i in ordered
-        ]
+        images = [_image(frame, rules) for frame in ordered]
     if len({image.shape for image in images}) > 1:
         raise Unusable("slices of different size or spacing")
     stack = np.stack([image.T for image in images], axis=-1)
@@ -232,6 +244,17 @@ def read_stack(
     if mask is None:
         return Volume(stack, where.affine)
     return Volume(stack, where.affine, read_mask(*mask, stack.shape, where.affine), where.affine)
+
+
+def _image(frame: Frame, rules: Rules) -> FloatArray:
+    if frame.index < 0:
+        mean: FloatArray = np.mean(read_frames(Path(frame.file), None, rules), axis=0, dtype=np.float32)
+        return mean
+    if frame.plain is not None:
+        image = read_plain(frame.file, frame.offset, frame.rows, frame.columns, frame.plain)
+        if image is not None:
+            return image
+    return read_frames(Path(frame.file), [frame.index], rules)[0]
 
 
 def _notes(tree: _Tree) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from medvae.vault.dicom_guard import check_dataset
 from medvae.vault.scan import Rules, Unusable
@@ -15,8 +16,10 @@ RETIRED = frozenset({"1.2.840.10008.1.2.4.52", "1.2.840.10008.1.2.4.53", "1.2.84
                      "1.2.840.10008.1.2.4.55"})  # fmt: skip
 
 
-def open_dataset(path: Path, tags: Sequence[str], rules: Rules, pixels: bool = False) -> Any:
-    """Read the named elements of one file; all others are skipped unread.
+def open_dataset(
+    path: Path, tags: Sequence[str], rules: Rules, pixels: bool = False, stream: BinaryIO | None = None
+) -> Any:
+    """Read the named elements of one file; all others are skipped unread. An open `stream` of it is left where it ends.
 
     Raises Unusable for what is no DICOM file, truncated before its pixels, or would inflate without bound.
     """
@@ -27,9 +30,9 @@ def open_dataset(path: Path, tags: Sequence[str], rules: Rules, pixels: bool = F
 
     try:
         check_dataset(path, rules)
-        with path.open("rb") as stream:
+        with nullcontext(stream) if stream is not None else path.open("rb") as opened:
             ds = pydicom.dcmread(
-                stream, stop_before_pixels=not pixels, specific_tags=list(tags),
+                opened, stop_before_pixels=not pixels, specific_tags=list(tags),
                 force=path.name.lower().endswith(BY_NAME),
             )  # fmt: skip
         bare = not ds.preamble

@@ -6,13 +6,14 @@ place in functional groups (PS3.3, C.7.6.16), reconstructed nuclear medicine in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medvae.vault.dicom_file import open_dataset
+from medvae.vault.dicom_plain import PLAIN_TAGS, Plain, plain_way
 from medvae.vault.dicom_suv import SUV_TAGS, suv_factor
 from medvae.vault.scan import Rules, Unusable
 
@@ -34,7 +35,7 @@ HEADER_TAGS = (
     "SOPClassUID", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PixelSpacing",
     "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "SpacingBetweenSlices", "SliceVector",
     "BurnedInAnnotation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    "DetectorInformationSequence", "ReferencedSeriesSequence", "SegmentSequence", *SUV_TAGS,
+    "DetectorInformationSequence", "ReferencedSeriesSequence", "SegmentSequence", *SUV_TAGS, *PLAIN_TAGS,
 )  # fmt: skip
 NOT_SCANS = frozenset({"RTDOSE", "RTPLAN", "RTSTRUCT", "RTRECORD", "SR", "PR", "KO", "ECG", "EEG", "HD", "REG", "FID",
                        "RWV", "DOC", "PLAN", "AU", "M3D"})  # fmt: skip
@@ -50,7 +51,8 @@ Marks = tuple[str, ...]
 @dataclass(frozen=True, slots=True, repr=False)
 class Frame:
     """One image of a file. spacing is (between rows, between columns) in mm; marks: what tells apart images at one
-    place, in the order of `MARK_TAGS`; segment: for segmentations, its number; thickness: of a slice alone, in mm."""
+    place, in the order of `MARK_TAGS`; segment: for segmentations, its number; thickness: of a slice alone, in mm;
+    plain, offset: the short way to its pixels, where there is one."""
 
     file: str
     index: int
@@ -62,6 +64,8 @@ class Frame:
     marks: Marks = ()
     segment: int = 0
     thickness: float = 1.0
+    plain: Plain | None = None
+    offset: int = field(default=0, compare=False)  # grows with what is not read
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -90,16 +94,43 @@ class Header:
 
 def read_header(path: Path, rules: Rules = Rules()) -> Header:  # noqa: B008 - frozen
     """Read the allow-listed tags of one file. Raises Unusable where it cannot be an image of a cohort."""
-    ds = open_dataset(path, HEADER_TAGS, rules)
+    with path.open("rb") as stream:
+        values = _Values(open_dataset(path, HEADER_TAGS, rules, stream=stream))
+        short = None if rules.display else plain_way(values.file_meta, values, stream)
     try:
-        return _header(path, ds, rules)
+        return _header(path, values, rules, short)
     except Unusable:
         raise
-    except Exception:  # element values are parsed on access, again with many kinds of error
+    except Exception:  # values may be of any kind and number
         raise Unusable("header cannot be read") from None
 
 
-def _header(path: Path, ds: Any, rules: Rules) -> Header:
+class _Values(dict[str, Any]):
+    """The elements of a header by keyword, read once. One that cannot be parsed fails whoever asks for it."""
+
+    def __init__(self, ds: Any) -> None:
+        from pydicom.datadict import keyword_for_tag
+
+        super().__init__()
+        self.file_meta = ds.file_meta
+        for tag in ds.keys():  # noqa: SIM118 - iterating a data set parses its elements
+            try:
+                self[keyword_for_tag(tag)] = ds[tag].value
+            except Exception:  # element values are parsed on access, with many kinds of error
+                self[keyword_for_tag(tag)] = _UNREAD
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a value. Raises Unusable for one that could not be parsed."""
+        value = super().get(name, default)
+        if value is _UNREAD:
+            raise Unusable("header cannot be read")
+        return value
+
+
+_UNREAD = object()
+
+
+def _header(path: Path, ds: Any, rules: Rules, short: tuple[Plain, int] | None) -> Header:
     modality = str(ds.get("Modality") or "").strip()
     if ds.file_meta.get("MediaStorageSOPClassUID") == DIRECTORY or modality in NOT_SCANS:
         raise Unusable("no scan but a plan, dose, report or the like")
@@ -118,6 +149,8 @@ def _header(path: Path, ds: Any, rules: Rules) -> Header:
     if burned_in and rules.burned_in == "skip":
         raise Unusable("may show burned-in text")
     frames, placed = _frames(str(path), ds, rows, columns, count)
+    if short is not None:
+        frames = (replace(frames[0], plain=short[0], offset=short[1]),)
     attributes = {k: str(ds.get(tag)).strip() for k, tag in ATTRIBUTES.items() if ds.get(tag) not in (None, "")}
     attributes["contrast"] = "yes" if "contrast" in attributes else "no"
     attributes.setdefault("modality", "OT")
@@ -155,7 +188,7 @@ def _burned_in(ds: Any, modality: str) -> bool:
 def _segments(ds: Any) -> tuple[tuple[int, str], ...]:
     """Return every segment's number with what it stands for, as a code."""
     found = []
-    for item in ds.SegmentSequence:
+    for item in ds["SegmentSequence"]:
         code = (item.get("SegmentedPropertyTypeCodeSequence") or [{}])[0]
         words = f"{code.get('CodingSchemeDesignator', '')}:{code.get('CodeValue', '')}:{item.get('SegmentLabel', '')}"
         found.append((int(item.SegmentNumber), words))

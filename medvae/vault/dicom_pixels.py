@@ -17,6 +17,7 @@ from medvae.types import FloatArray
 from medvae.vault.decoder import ask
 from medvae.vault.dicom_file import open_dataset
 from medvae.vault.dicom_guard import check_pixels, is_compressed
+from medvae.vault.dicom_plain import in_units, padded, padding_of, rescale, without_padding
 from medvae.vault.dicom_suv import SUV_TAGS, suv_factor
 from medvae.vault.scan import Rules, Unusable
 
@@ -108,7 +109,7 @@ def _gray(ds: Any, index: int, stored: npt.NDArray[Any], factor: float | None, r
     if stored.ndim == 3 or ds.get("PhotometricInterpretation") == "PALETTE COLOR":
         return _luminance(ds, stored, rules)
     stored = _significant(ds, stored)
-    padding = _padding(ds, stored)
+    where = padded(stored, padding_of(ds))
     inverse = ds.get("PhotometricInterpretation") == "MONOCHROME1" and stored.dtype.kind != "f" and factor is None
     if inverse and not rules.display:
         # The least stored value is shown white: turned over the range that BitsStored allows.
@@ -121,9 +122,7 @@ def _gray(ds: Any, index: int, stored: npt.NDArray[Any], factor: float | None, r
     if rules.display:
         values = _display(ds, values, groups)
         values = 1 - values if inverse else values
-    if padding is not None and padding.any() and not padding.all():
-        values[padding] = values[~padding].min()
-    return values
+    return without_padding(values, where)
 
 
 def _luminance(ds: Any, stored: npt.NDArray[Any], rules: Rules) -> FloatArray:
@@ -172,13 +171,8 @@ def _modality_units(ds: Any, stored: npt.NDArray[Any], groups: tuple[Any, ...]) 
     table = ds.get("ModalityLUTSequence")
     if table:
         return _looked_up(table[0], stored, unit=False)
-    rescale = _macro(groups, "PixelValueTransformationSequence") or ds
-    slope, intercept = rescale.get("RescaleSlope"), rescale.get("RescaleIntercept")
-    slope = 1.0 if slope is None else float(slope)
-    intercept = 0.0 if intercept is None else float(intercept)
-    if slope == 1 and intercept == int(intercept) and stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2:
-        return stored.astype(np.float32) + np.float32(intercept)  # exact: 17 bits fit into float32
-    return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
+    group = _macro(groups, "PixelValueTransformationSequence") or ds
+    return in_units(stored, *rescale(group))
 
 
 def _looked_up(table: Any, values: npt.NDArray[Any], unit: bool) -> FloatArray:
@@ -216,18 +210,3 @@ def _first(value: Any) -> float | None:
     if value is None or value == "":
         return None
     return float(value[0] if hasattr(value, "__getitem__") and not isinstance(value, str) else value)
-
-
-def _padding(ds: Any, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
-    """Return where the pixels are padding (PS3.3, C.7.5.1.1.2), or None."""
-    low = ds.get("PixelPaddingValue")
-    if low is None:
-        return None
-    ends = sorted(_signed(int(v), ds) for v in (low, ds.get("PixelPaddingRangeLimit", low)))
-    return np.asarray((stored >= ends[0]) & (stored <= ends[-1]))
-
-
-def _signed(value: int, ds: Any) -> int:
-    """Read a padding value that was written unsigned beside signed pixels, as some scanners do."""
-    bits = int(ds.BitsAllocated)
-    return value - 2**bits if int(ds.PixelRepresentation) and value >= 2 ** (bits - 1) else value

@@ -233,7 +233,8 @@ def _decode(read: Any, grid: Grid) -> _Done | str:
         made = prepare(volume, grid)
     except Unusable as verdict:
         return verdict.reason
-    return _Done(levels(made.image), made.mask, sorted(made.labels), fingerprint(volume.array))
+    image = levels(made.image)
+    return _Done(image, made.mask, sorted(made.labels), fingerprint(image, volume.array))
 
 
 @dataclass(repr=False)

@@ -1,4 +1,4 @@
-"""From a decoded scan to the cohort's grid: orientation, intensity, resampling, by MONAI's transforms.
+"""From a decoded scan to the cohort's grid: orientation, intensity, and resampling by MONAI's transforms.
 
 Constants of the config and the scan's own statistics only: nothing is estimated over the cohort.
 """
@@ -48,9 +48,12 @@ def prepare(volume: Volume, grid: Grid) -> Prepared:
     """
     array, mask = volume.array, volume.mask
     _check_mask(volume)
-    if not np.isfinite(array).all():
+    if array.size == 0:
+        raise Unusable("constant")
+    ends = array.min(), array.max()  # NaN and infinity come out at the ends
+    if not np.isfinite(ends).all():
         raise Unusable("not finite")
-    if array.size == 0 or array.min() == array.max():
+    if ends[0] == ends[1]:
         raise Unusable("constant")
     channels = [_scale(array, grid.intensity)]
     if mask is not None:
@@ -100,22 +103,20 @@ def _as_labels(mask: npt.NDArray[Any]) -> FloatArray:
 
 def _scale(array: FloatArray, intensity: Intensity) -> FloatArray:
     """Scale to [0, 1] by a public window in raw units, or by percentiles of this scan."""
-    from monai.transforms import ScaleIntensityRange
-
     low, high = intensity.low, intensity.high
     if intensity.mode == "percentile":
         low, high = (float(v) for v in np.percentile(array, (intensity.low, intensity.high)))
         if not low < high:
             # Nearly all voxels are alike, as in a binary volume: the scan's whole range is the honest window.
             low, high = float(array.min()), float(array.max())
-    return _plain(ScaleIntensityRange(low, high, 0, 1, clip=True)(array))
+    scaled = np.subtract(array, np.float32(low), dtype=np.float32)
+    scaled /= np.float32(high - low)
+    return np.clip(scaled, 0, 1, out=scaled)
 
 
 def _orient(channels: list[FloatArray], affine: npt.NDArray[np.float64]) -> tuple[list[FloatArray], tuple[float, ...]]:
     """Turn (X, Y, Z) arrays to the RAS axes closest to theirs; return them with the voxel size in mm."""
-    import torch
-    from monai.data import MetaTensor
-    from monai.transforms import Orientation
+    from nibabel.orientations import apply_orientation, io_orientation
 
     axes = affine[:3, :3]
     norms = np.linalg.norm(axes, axis=0)
@@ -124,10 +125,9 @@ def _orient(channels: list[FloatArray], affine: npt.NDArray[np.float64]) -> tupl
     cosines = (axes / norms).T @ (axes / norms)
     if np.abs(cosines - np.eye(3)).max() > SHEAR:
         raise Unusable("affine has shear (gantry tilt)")
-    stacked = MetaTensor(torch.from_numpy(np.stack(channels)), affine=torch.from_numpy(affine))
-    turned = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(stacked)
-    voxel = np.linalg.norm(np.asarray(turned.affine)[:3, :3], axis=0)
-    return list(_plain(turned)), tuple(float(v) for v in voxel)
+    turn = io_orientation(affine)
+    voxel = [float(norms[list(turn[:, 0]).index(axis)]) for axis in range(3)]
+    return [apply_orientation(channel, turn) for channel in channels], tuple(voxel)
 
 
 def _flatten(channels: list[FloatArray], voxel_mm: tuple[float, ...]) -> tuple[list[FloatArray], tuple[float, ...]]:
@@ -141,7 +141,7 @@ def _flatten(channels: list[FloatArray], voxel_mm: tuple[float, ...]) -> tuple[l
         raise Unusable("a volume where single slices are asked")
     axis = thin[-1]
     rest = [v for a, v in enumerate(voxel_mm) if a != axis]
-    flat = [np.flip(c.squeeze(axis).T, axis=(0, 1)).copy() for c in channels]
+    flat = [np.ascontiguousarray(np.flip(c.squeeze(axis).T, axis=(0, 1))) for c in channels]
     return flat, (rest[1], rest[0])
 
 

@@ -25,10 +25,15 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
+
 from medvae.errors import MedvaeError
+from medvae.types import FloatArray
 from medvae.vault.archives import is_packed, unpack
-from medvae.vault.dicom_header import read_header
+from medvae.vault.decoder import close
+from medvae.vault.dicom_header import Frame, read_header
 from medvae.vault.dicom_pixels import read_frames
+from medvae.vault.dicom_plain import read_plain
 from medvae.vault.dicom_seg import read_mask
 from medvae.vault.discover import discover
 from medvae.vault.nifti import read_nifti
@@ -57,16 +62,22 @@ def one_case(path: Path) -> str:
             return "read"
         header = read_header(path, RULES)
         if header.is_segmentation:
-            import numpy as np
-
             read_mask(path, header.frames, (64, 64, 4), np.eye(4))
         else:
-            read_frames(path, None, RULES)
+            _both_ways(header.frames[0], read_frames(path, None, RULES))
     except Unusable as verdict:
         return verdict.reason
     except MedvaeError:
         return "refused in one sentence"
     return "read"
+
+
+def _both_ways(frame: Frame, whole: list[FloatArray]) -> None:
+    if frame.plain is None:
+        return
+    short = read_plain(frame.file, frame.offset, frame.rows, frame.columns, frame.plain)
+    if short is None or not np.array_equal(short, whole[0], equal_nan=True):
+        raise RuntimeError("the short way to plain pixels is not the whole way")
 
 
 def _archive(path: Path) -> str:
@@ -133,6 +144,7 @@ def serve(pipe: Connection) -> None:
             finally:
                 signal.alarm(0)
             path.unlink()
+    close()
 
 
 def _warm() -> None:
@@ -189,7 +201,9 @@ def run(cases: Iterator[tuple[str, bytes]], seconds: float, keep: Path) -> int:
         if time.monotonic() - start > seconds:
             break
     child.pipe.send(None)
-    print(f"{count} cases in {time.monotonic() - start:.0f} s, {sum(findings.values())} findings")
+    child.process.join(30)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"{count} cases in {time.monotonic() - start:.0f} s, {sum(findings.values())} findings, peak {peak:.0f} MB")
     for words, number in (*verdicts.most_common(), *findings.most_common()):
         print(f"{number:>8}  {words}")
     return min(1, len(findings))

@@ -254,7 +254,7 @@ def _cohort_statistics(mp: pytest.MonkeyPatch, broken: bool) -> bool:
 def _two_identifiers(mp: pytest.MonkeyPatch, broken: bool) -> bool:
     tally, image = Tally(Skipped()), np.ones((4, 4), np.float32)
     for patient, array in enumerate((image, image if broken else image / 2)):
-        tally.take(fingerprint(array), [], patient, ())
+        tally.take(fingerprint(array, array), [], patient, ())
     return bool(tally.notes())
 
 
