@@ -73,6 +73,7 @@ class ModelConfig(Frozen):
 
     schedule: of beta over DP-SGD's steps, "anneal" from 0 (Bowman et al. 2016) or "capacity", beta |KL - C| with C
     rising to `capacity` nats (Burgess et al. 2017). adversary: weight of a critic (VAE-GAN), 0 for none.
+    semi_supervised: missing labels are inferred (M2); label_weight: of the classifier's cross-entropy beside the ELBO.
     """
 
     latent_dim: Count | None = None
@@ -90,6 +91,8 @@ class ModelConfig(Frozen):
     latent: Literal["vector", "field"] = "vector"
     field: FieldConfig = FieldConfig()
     adversary: Annotated[float, Field(ge=0)] = 0.0
+    semi_supervised: bool = False
+    label_weight: Positive = 50.0
 
 
 class MomentsConfig(Frozen):
@@ -216,6 +219,11 @@ class Recipe(Frozen):
             raise ValueError("mixture is a part of the closed form: enable moments too")
         if self.model.latent == "field" and self.moments.enabled:
             raise ValueError("a field latent has no closed form to start from: set moments.enabled to false")
+        if self.model.semi_supervised and (self.moments.enabled or self.prior.kind != "none" or self.teacher.enabled):
+            raise ValueError(
+                "semi_supervised trains on missing labels, which the closed form, a fitted prior and a teacher cannot: "
+                "set moments.enabled to false and leave prior and teacher out"
+            )
         if not self.moments.enabled and self.dpsgd.enabled is False:
             raise ValueError("every stage is switched off: enable moments or dpsgd")
         if self.dpsgd.enabled is False and self.deep:

@@ -18,6 +18,8 @@ Provenance = Literal["public", "dp", "canary", "private"]
 ConditionValue = str | float
 Progress = Callable[[int, int], None]  # (done, total)
 
+# The class of a condition whose value a scan lacks, where a cohort is told to keep such scans.
+MISSING_CLASS = "missing"
 PROVENANCES: tuple[Provenance, ...] = ("public", "dp", "canary", "private")
 SHAREABLE: frozenset[str] = frozenset({"public", "dp", "canary"})
 

@@ -17,6 +17,7 @@ from medvae.errors import ConfigError
 from medvae.nets.adversary import Critic
 from medvae.nets.blocks import ClassDecoders, Decoder, Encoder, level_sizes
 from medvae.nets.codes import CodeFlow, CodeMixture
+from medvae.nets.labels import Labels
 from medvae.nets.likelihood import LIKELIHOODS, bernoulli
 from medvae.nets.linear import LinearPart
 from medvae.nets.prior import FieldPrior, NormalPrior
@@ -93,6 +94,9 @@ class ConditionalVAE(nn.Module):
         self.critic = None
         if config.adversary:
             self.critic = Critic(space.channels, shape, widths, units=units, groups=groups)
+        self.labels = None
+        if config.semi_supervised:
+            self.labels = Labels(self.encoder.features, space.conditions)
         self.register_buffer("log_scale", torch.tensor(math.log(config.scale)))
         self._initialise()
 
@@ -112,20 +116,35 @@ class ConditionalVAE(nn.Module):
 
     def encode(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance, each (B, d), of q(z | x, c)."""
-        maps = self.encoder.maps(x)
+        return self._codes(self.encoder.maps(x), x, condition)
+
+    def _codes(self, maps: Tensor, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         flat = maps.flatten(1) if isinstance(self.posterior, nn.Linear) else maps
         mean, log_variance = (half.flatten(1) for half in self.posterior(flat).chunk(2, dim=1))
         if self.linear is not None:
             mean = mean + self.linear.encode(x, condition)
         return mean, log_variance.clamp(*LOG_VARIANCE_BOUNDS)
 
+    def label_probabilities(self, x: Tensor) -> Tensor:
+        """Return q(y | x), (B, classes), of a semi-supervised model, over its classes without the missing one.
+
+        Raises ConfigError for another model.
+        """
+        if self.labels is None:
+            raise ConfigError("the model has no classifier: train it with semi_supervised")
+        return self.labels.log_probabilities(self.encoder(x)).exp()
+
+    def _filled(self, condition: Tensor) -> Tensor:
+        """Return conditions without missing labels: each stands for all classes in equal parts."""
+        return condition if self.labels is None else self.labels.even(condition)
+
     def prior_mean(self, condition: Tensor) -> Tensor:
         """Return the mean (B, d) of p(z | c)."""
-        return self.prior.mean(condition)
+        return self.prior.mean(self._filled(condition))
 
     def prior_sample(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Return codes (B, d) of the prior from standard normal `noise` (B, d)."""
-        return self.prior.sample(condition, noise)
+        return self.prior.sample(self._filled(condition), noise)
 
     def draw(self, condition: Tensor, generator: torch.Generator) -> Tensor:
         """Return one image and its mask probabilities (B, C, *spatial) a row of conditions: the mean of p(x | z, c).
@@ -134,6 +153,8 @@ class ConditionalVAE(nn.Module):
         where there is a mixture, from the codes of a draw of that. A decoder that was never trained adds nothing, and
         then the draw itself is kept, with what the codes would leave out of it.
         """
+        if self.labels is not None:
+            condition = self.labels.drawn(condition, generator)
         if self.code_prior is not None:
             codes = self.prior_mean(condition) + self.code_prior.sample(condition, generator)
             return self.decode(codes, condition)
@@ -150,7 +171,7 @@ class ConditionalVAE(nn.Module):
         base = torch.full((len(z), self.space.channels, *self.space.spatial_shape), 0.5, device=z.device)
         if self.linear is not None:
             base = self.linear.decode(z, condition)
-        residual = self.decoder(z, condition)
+        residual = self.decoder(z, self._filled(condition))
         image = logit(base[:, :1]) if self.config.likelihood == "bernoulli" else base[:, :1]
         return image + residual[:, :1], logit(base[:, 1:]) + residual[:, 1:]
 
@@ -181,26 +202,41 @@ class ConditionalVAE(nn.Module):
 
         loss = reconstruction + beta kl (Higgins et al. 2017), with beta as scheduled; noise (B, d) standard normal.
         """
-        mean, log_variance = self.encode(x, condition)
+        return self._elbo(self.encode(x, condition), x, condition, noise)
+
+    def _elbo(self, posterior: tuple[Tensor, Tensor], x: Tensor, condition: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        mean, log_variance = posterior
         z = mean + torch.exp(0.5 * log_variance) * noise
         reconstruction = self.reconstruction(x, z, condition)
-        kl = self.prior.kl(mean, log_variance, condition)
+        kl = self.prior.kl(mean, log_variance, self._filled(condition))
         return {"loss": reconstruction + self._divergence(kl), "reconstruction": reconstruction, "kl": kl}
+
+    def _semi_supervised(self, labels: Labels, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss (B,) in nats of M2: scans are encoded once, and decoded as each class."""
+        maps = self.encoder.maps(x)
+        posterior = self._codes(maps, x, condition)
+        as_class = [e.expand(len(x), -1) for e in torch.eye(labels.classes, device=x.device)]
+        each = [self._elbo(posterior, x, labels.with_probabilities(condition, y), noise)["loss"] for y in as_class]
+        return labels.loss(each, labels.log_probabilities(maps.flatten(1)), condition, self.config.label_weight)
 
     def log_weight(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
         """Return log p(x, z | c) - log q(z | x, c) at one draw of z, (B,): the weight of Burda et al. (2016)."""
         mean, log_variance = self.encode(x, condition)
         z = mean + torch.exp(0.5 * log_variance) * noise
         log_posterior = -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(1)
-        return self.prior.log_density(z, condition) - log_posterior - self.reconstruction(x, z, condition)
+        return self.prior.log_density(z, self._filled(condition)) - log_posterior - self.reconstruction(x, z, condition)
 
     def forward(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
         """Return the loss of each scan, (B,): x (B, C, *spatial), condition (B, K), noise (B, d).
 
-        The negative ELBO a channel element; with a critic, plus `adversary` times its cross-entropy on the scan and on
-        one made for it from the prior with the same noise.
+        The negative ELBO a channel element, or M2's loss where labels may be missing (nets/labels.py); with a critic,
+        plus `adversary` times its cross-entropy on the scan and on one made for it from the prior with the same noise.
         """
-        loss = self.elbo(x, condition, noise)["loss"] / x[0].numel()
+        if self.labels is None:
+            loss = self.elbo(x, condition, noise)["loss"]
+        else:
+            loss = self._semi_supervised(self.labels, x, condition, noise)
+        loss = loss / x[0].numel()
         if self.critic is None:
             return loss
         made = self.decode(self.prior_sample(condition, noise), condition)

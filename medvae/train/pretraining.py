@@ -34,7 +34,7 @@ PRETRAINING = "pretraining"
 BATCH_VOXELS = 2**19
 SMALLEST_BATCH = 4
 # Parts of the network that carry the conditions: pretrained only where the public cohort has the same ones.
-CONDITIONAL = ("prior.", "films.")
+CONDITIONAL = ("prior.", "films.", "labels.")
 UNTOUCHED = ("linear.", "code_prior.", "critic.")
 
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]

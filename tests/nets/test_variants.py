@@ -26,6 +26,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "capacity": {"schedule": "capacity", "capacity": 3.0},
     "field": {"latent": "field", "field": {"channels": 2}},
     "field, learned": {"latent": "field", "field": {"channels": 2, "correlation": "matern32", "learned": True}},
+    "semi_supervised": {"semi_supervised": True, "label_weight": 2.0},
+    "semi_supervised, field, class_decoders": {
+        "semi_supervised": True,
+        "latent": "field",
+        "field": {"channels": 2},
+        "class_decoders": True,
+    },
     "all": {
         "attention": True,
         "class_decoders": True,
@@ -37,17 +44,18 @@ VARIANTS: dict[str, dict[str, object]] = {
 SHAPES = [(8, 12), (6, 8, 4)]
 
 
-def space(*shape: int) -> ImageSpace:
-    side = Condition("side", "class", ("a", "b"))
+def space(*shape: int, missing: bool = False) -> ImageSpace:
+    side = Condition("side", "class", ("a", "b", "missing") if missing else ("a", "b"))
     return ImageSpace(shape, (1.0,) * len(shape), "MR", Intensity("percentile", 1, 99), (side,), (1,))
 
 
 def variant(name: str, shape: tuple[int, ...]) -> tuple[ConditionalVAE, Recipe]:
     chosen = build(ModelConfig, channels=(4, 8), latent_dim=3, **VARIANTS[name])
     recipe = Recipe(model=chosen, moments=MomentsConfig(enabled=False), mixture=MixtureConfig(enabled=False))
-    recipe = resolve(recipe, 100, space(*shape))
+    where = space(*shape, missing=chosen.semi_supervised)
+    recipe = resolve(recipe, 100, where)
     torch.manual_seed(0)
-    model = build_model(space(*shape), recipe)
+    model = build_model(where, recipe)
     with torch.no_grad():  # off the zero start, where one layer hides another
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -60,7 +68,8 @@ def batch(model: ConditionalVAE, lengths: tuple[int, ...]) -> tuple[Batch, Tenso
     scans = sum(lengths)
     x = torch.rand(scans, 2, *model.space.spatial_shape, generator=generator)
     x[:, 1:] = (x[:, 1:] > 0.5).float()
-    condition = torch.eye(2)[torch.randint(0, 2, (scans,), generator=generator)]
+    classes = model.space.condition_width
+    condition = torch.eye(classes)[torch.randint(0, classes, (scans,), generator=generator)]
     patient = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     latent = torch.randn(scans, model.latent_dim, generator=generator)
     return Batch(x.numpy(), condition.numpy(), patient.numpy()), latent
@@ -118,7 +127,7 @@ def test_a_scan_s_loss_does_not_see_its_neighbours(name):
 def test_release_and_back(name):
     model, recipe = variant(name, SHAPES[0])
     again = load_release(ModelRelease(state_arrays(model), make_card(model.space, recipe)))
-    condition = torch.eye(2)
+    condition = torch.eye(model.space.condition_width)
     drawn = [m.draw(condition, torch.Generator().manual_seed(5)).detach() for m in (model, again)]
     assert torch.equal(*drawn)
     assert float(drawn[0].min()) >= 0
