@@ -11,16 +11,12 @@ from typing import Any, cast
 from medvae.audit.case import EFFORTS, Case, Figure, Part, plain
 from medvae.audit.claim import claim_part, internal_decision, make_claim, public_decision, read_privacy
 from medvae.audit.material import MAX_ELEMENTS, Scans, Store, load_scans, subset, synthetic_scans
-from medvae.config import AuditConfig
+from medvae.audit.untested import ALWAYS, untested
+from medvae.config import AuditConfig, Recipe, build
 from medvae.errors import RunError
 from medvae.types import SHAREABLE, ImageSpace, ModelRelease, Progress, Provenance
 
 SCHEMA = "medvae.audit/1"
-NOT_TESTED = (
-    "attackers who know all other patients' scans: the proof covers them, the attacks know people of the same kind",
-    "what several releases of one cohort reveal together: the ledger adds them up, the attacks see one",
-    "whether a clinician finds the scans plausible or useful",
-)
 SHADOWS = "shadows"
 
 
@@ -44,7 +40,8 @@ def audit(run: Path, out: Path, config: AuditConfig, progress: Progress | None =
         shadows = run / "private" / SHADOWS
         case = _material(release, store, make_claim(privacy, release.card), config, shadows, tell)
         parts = _measure(case, tell)
-        internal, public = reports(case.claim, parts, config)
+        recipe = build(Recipe, **release.card["recipe"])
+        internal, public = reports(case.claim, parts, config, untested(recipe))
         for name, report in (("internal", internal), ("public", public)):
             (folder / name).mkdir()
             text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
@@ -132,7 +129,7 @@ def _measure(case: Case, tell: Progress) -> list[Part]:
 
 
 def reports(
-    claim: Mapping[str, Any], parts: Sequence[Part], config: AuditConfig
+    claim: Mapping[str, Any], parts: Sequence[Part], config: AuditConfig, not_tested: Sequence[str] = ALWAYS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the internal and the public report; the public one is built from shareable things alone."""
     from medvae.version import __version__
@@ -148,7 +145,7 @@ def reports(
         "tier": config.tier,
         "settings": config.model_dump(mode="json", exclude={"cluster"}),
         "claim": dict(claim),
-        "not_tested": list(NOT_TESTED),
+        "not_tested": list(not_tested),
     }
     internal = head | {
         "audience": "internal",

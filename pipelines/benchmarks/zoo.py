@@ -29,8 +29,9 @@ HEAD = """# The zoo: broken builds, and what finds them
 Each line is a private training with one fault, switched on by a patch in `tests/zoo`. The canary audit sees a run from
 inside: 1,000 made-up patients walk through it, each if its coin says so ([what epsilon promises](privacy.md)). *Scores*
 is the accusation test on the claimed trade-off curve; *conformance* tests noise, lengths and draws on the canaries'
-coordinates. *Before training* is the comparison of the gradient engine with plain autograd on made-up scans; it is
-switched off for the canary columns, so that they stand alone.
+coordinates; *patterns* tests sums and noise of patterned made-up patients on the model's own path. *Before training* is
+the comparison of the gradient engine with plain autograd on made-up scans; it is switched off for the other columns, so
+that they stand alone.
 
 Real runs train a small network on {patients} patients of random images, {steps} steps at q = {rate} and epsilon
 {epsilon:g} (releases: the closed form's five sums at epsilon {epsilon:g}); simulated runs draw what canaries would see
@@ -63,7 +64,7 @@ def _canary_row(build: Build, real: int, simulated: int) -> list[str]:
         refused = bool(world.train_dpsgd(10).refused) if build.run == "dpsgd" else False
     runs = [_train(build) for _ in range(real)]
     sims = [simulate(build.sim) for _ in range(simulated)] if build.sim is not None else []
-    return [build.name, build.finder, *_shares(runs), *_shares(sims), "found" if refused else ""]
+    return [build.name, build.finder, *_shares(runs), *_shares(sims)[:2], "found" if refused else ""]
 
 
 def _train(build: Build) -> Outcome:
@@ -75,9 +76,10 @@ def _train(build: Build) -> Outcome:
 
 def _shares(outcomes: Sequence[Outcome]) -> list[str]:
     if not outcomes:
-        return ["", ""]
+        return ["", "", ""]
     n = len(outcomes)
-    return [f"{sum(hits) / n:.3g}" for hits in ([o.accused for o in outcomes], [bool(o.failing) for o in outcomes])]
+    each = [(o.accused, bool(o.failing), bool(o.walked)) for o in outcomes]
+    return [f"{sum(hits) / n:.3g}" for hits in zip(*each, strict=True)]
 
 
 def _other_row(other: object) -> list[str]:
@@ -97,9 +99,11 @@ def _right_rows(real: int, simulated: int) -> list[list[str]]:
     rows = []
     for name, runs in kinds.items():
         hits, n = sum(o.found for o in runs), len(runs)
-        accused, failing = sum(o.accused for o in runs), sum(bool(o.failing) for o in runs)
+        accused, failing, walked = (
+            sum(hits) for hits in zip(*((o.accused, bool(o.failing), bool(o.walked)) for o in runs), strict=True)
+        )
         high = 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
-        rows.append([name, str(n), str(accused), str(failing), f"{hits / n:.3g}", f"{high:.3g}"])
+        rows.append([name, str(n), str(accused), str(failing), str(walked), f"{hits / n:.3g}", f"{high:.3g}"])
     return rows
 
 
@@ -112,7 +116,15 @@ def _head(real: int, simulated: int) -> str:
 
 
 def _table(rows: list[list[str]], others: list[list[str]], right: list[list[str]]) -> str:
-    columns = ["Broken build", "Meant for", "Real: scores", "conformance", "Simulated: scores", "conformance"]
+    columns = [
+        "Broken build",
+        "Meant for",
+        "Real: scores",
+        "conformance",
+        "patterns",
+        "Simulated: scores",
+        "conformance",
+    ]
     return "\n".join(
         [
             "## Found by canaries\n",
@@ -120,8 +132,11 @@ def _table(rows: list[list[str]], others: list[list[str]], right: list[list[str]
             "\n## Found by other checks\n",
             _lines(["Broken build", "Check", "Broken", "Right"], others),
             "\n## Correct builds\n",
-            _lines(["Runs", "Number", "Accused by scores", "By conformance", "Share", "At most (97.5 %)"], right),
-            "\nThe accusation test is nominally at 5 % and conformance at 0.1 %, a run.\n",
+            _lines(
+                ["Runs", "Number", "Accused by scores", "By conformance", "By patterns", "Share", "At most (97.5 %)"],
+                right,
+            ),
+            "\nThe accusation test is nominally at 5 %, conformance and patterns together at 0.1 %, a run.\n",
         ]
     )
 

@@ -42,14 +42,18 @@ def test_likelihood_is_the_importance_weighted_bound() -> None:
     """Against a linear Gaussian model, whose likelihood is known: more draws come close to it, and one is the ELBO."""
     import torch
 
+    class Prior:
+        def kl(self, mean: torch.Tensor, log_variance: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            return 0.5 * ((mean - 0.2).square() + log_variance.exp() - 1 - log_variance).sum(1)
+
+        def log_density(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            return -0.5 * ((z - 0.2).square() + math.log(2 * math.pi)).sum(1)
+
     class Linear:
-        latent_dim = 1
+        latent_dim, prior = 1, Prior()
 
         def encode(self, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return x.flatten(1).mean(1, keepdim=True) * 0.5 + 0.3, torch.full((len(x), 1), -0.3)
-
-        def prior_mean(self, condition: torch.Tensor) -> torch.Tensor:
-            return torch.full((len(condition), 1), 0.2)
 
         def reconstruction(self, x: torch.Tensor, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
             return (0.5 * (x.flatten(1) - z).square() + 0.5 * math.log(2 * math.pi)).sum(1)
@@ -64,6 +68,37 @@ def test_likelihood_is_the_importance_weighted_bound() -> None:
     many = scan_scores(Linear(), tiny, 4000, 0)
     np.testing.assert_allclose(many["likelihood"], exact, atol=0.02)
     assert (many["elbo"] < many["likelihood"]).all()
+
+
+@pytest.mark.parametrize("latent", ["vector", "field"])
+def test_the_prior_of_the_scores_is_the_models_own(latent: str) -> None:
+    """Against the network's own importance weights and ELBO, with codes that a random field ties together."""
+    import torch
+
+    from medvae.config import FieldConfig, ModelConfig, MomentsConfig, Recipe
+    from medvae.nets.build import build_model
+    from medvae.train.rule import resolve
+
+    scans, draws = phantom_scans(2, 4, 0, 16), 5
+    field = FieldConfig(channels=2, range=1.5, variance=2.0)
+    model = ModelConfig(latent=latent, field=field, latent_dim=None if latent == "field" else 6, channels=(8, 8))
+    net = build_model(scans.space, resolve(Recipe(model=model, moments=MomentsConfig(enabled=False)), 50, scans.space))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    net.eval()
+    found = scan_scores(net, scans, draws, seed=3)
+    x, condition = torch.from_numpy(scans.x), torch.from_numpy(scans.condition)
+    noise = torch.randn(draws, net.latent_dim, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        rows = [code.expand(len(x), -1) for code in noise]
+        weights = torch.stack([net.log_weight(x, condition, row) for row in rows])
+        parts = [net.elbo(x, condition, row) for row in rows]
+    expected = torch.logsumexp(weights, 0) - math.log(draws)
+    np.testing.assert_allclose(found["likelihood"], expected.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(found["latent"], parts[0]["kl"].numpy(), rtol=1e-4)
+    elbo = -sum(p["reconstruction"] + p["kl"] for p in parts).numpy() / draws
+    np.testing.assert_allclose(found["elbo"], elbo, rtol=1e-4)
 
 
 def test_few_constant_or_infinite_scores_give_no_number() -> None:

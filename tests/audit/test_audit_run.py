@@ -19,7 +19,8 @@ from medvae.audit import case as case_module
 from medvae.audit.case import Figure, Part, plain
 from medvae.audit.claim import internal_decision, make_claim, public_decision
 from medvae.audit.run import audit, reports
-from medvae.config import AuditConfig
+from medvae.audit.untested import ALWAYS, CODE_PRIOR, PRETRAINING, TEACHER, untested
+from medvae.config import AuditConfig, Recipe, build
 from medvae.errors import RunError
 from medvae.types import PROVENANCES, SHAREABLE, Finding
 
@@ -209,3 +210,20 @@ def test_plain_json_has_no_numpy_and_no_infinity() -> None:
     found = plain({"a": np.float64(np.inf), "b": np.arange(2), "c": (np.bool_(True), float("nan")), 1: np.int64(3)})
     assert found == {"a": None, "b": [0, 1], "c": [True, None], "1": 3}
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"teacher": {"enabled": True}}, TEACHER),
+        ({"prior": {"kind": "gaussian"}}, CODE_PRIOR),
+        ({"pretraining": {"source": "procedural"}}, PRETRAINING),
+    ],
+)
+def test_parts_of_a_recipe_that_no_attack_knows_are_named(part: dict[str, Any], words: str) -> None:
+    plain_recipe = build(Recipe, dpsgd={"enabled": True})
+    assert untested(plain_recipe) == list(ALWAYS)
+    recipe = build(Recipe, dpsgd={"enabled": True}, **part)
+    assert untested(recipe) == [words, *ALWAYS]
+    internal, public = reports(claim(), [Part(notes={"membership": "measured"})], CONFIG, untested(recipe))
+    assert internal["not_tested"][0] == public["not_tested"][0] == words
