@@ -1,5 +1,5 @@
 """`python -m medvae` is the `medvae` command."""
 
-from medvae.cli import main
+from medvae.cli_run import main
 
 main()

@@ -18,14 +18,12 @@ from medvae.types import Progress
 
 if TYPE_CHECKING:
     from medvae.train.team import Team
-    from medvae.types import ImageSpace
 
 Result = dict[str, Any]
 Stage = Callable[[str], Progress | None]
 
 CLAIM = {"unit": "patient", "neighboring": "add-remove", "accountant": "pld"}
 DEFAULT_SHAPE = (64, 64)
-LADDER = (1.0, 2.0, 4.0, 8.0)
 AUDITS = Path("private") / "audits.json"
 DEFAULT_RUN = Path("run")
 DEFAULT_DEMO = Path("demo")
@@ -62,15 +60,18 @@ def plan(
     from medvae import tracking
     from medvae.dp.goal import goal_of
     from medvae.dp.tradeoff import plain_words
+    from medvae.train.ladder import ladder
     from medvae.train.planning import make_plan
     from medvae.train.probe import step_cost
+    from medvae.types import ImageSpace, Intensity
     from medvae.vault.store import open_cohort
 
     if cohort is not None and patients is None:
         store = open_cohort(cohort).reveal()
         patients, space, scans = len(store.patients("train")), store.space, len(store) / store.info["patients"]
     elif cohort is None and patients is not None:
-        space, scans = _plain_space(shape or DEFAULT_SHAPE), 1.0
+        shape, scans = shape or DEFAULT_SHAPE, 1.0
+        space = ImageSpace(shape, (1.0,) * len(shape), "OT", Intensity("percentile", 1.0, 99.0), ())
     else:
         raise ConfigError("a plan needs a cohort or a number of patients: give COHORT or --patients N, and not both")
     with tracking.run("plan", config.model_dump(), private=cohort is not None) as track:
@@ -93,7 +94,7 @@ def plan(
         "parameters": made.parameters,
         "mechanisms": [mechanism.to_json() for mechanism in chosen.mechanisms],
         "recipe": made.recipe.model_dump(mode="json"),
-        "table": _ladder(chosen.patients, space, config) if chosen.private else [],
+        "table": ladder(chosen.patients, space, config) if chosen.private else [],
         "cost": None if cost is None else asdict(cost),
         "plain_words": plain_words(chosen.epsilon, chosen.delta, chosen.mechanisms),
         "warnings": list(made.warnings),
@@ -324,28 +325,6 @@ def demo(out: Path | None = None, *, stage: Stage | None = None) -> Result:
         "report": str(out / "report" / "internal" / "audit.html"),
         "release": str(out / "release"),
     }
-
-
-def _ladder(patients: int, space: ImageSpace, config: TrainConfig) -> list[dict[str, Any]]:
-    """Plan the same run at other epsilons."""
-    from medvae.dp.tradeoff import in_short
-    from medvae.train.planning import make_plan
-
-    open_goal = {"max_advantage": None, "max_reid_risk": None, "baseline": None}
-
-    rows = []
-    for epsilon in LADDER:
-        asked = make_plan(patients, space, config.model_copy(update={**open_goal, "dp_epsilon": epsilon})).privacy
-        noise, words = asked.noise_multiplier, in_short(asked.epsilon, asked.mechanisms)
-        rows.append({"asked": epsilon, "epsilon": asked.epsilon, "noise_multiplier": noise, "words": words})
-    return rows
-
-
-def _plain_space(shape: tuple[int, ...]) -> ImageSpace:
-    """Return an image space for a plan without a cohort."""
-    from medvae.types import ImageSpace, Intensity
-
-    return ImageSpace(shape, (1.0,) * len(shape), "OT", Intensity("percentile", 1.0, 99.0), ())
 
 
 def _embedded_cohort(out: Path, stage: Stage) -> Path:

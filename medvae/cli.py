@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from medvae import cli_export, cli_latent
+from medvae.cli_numbers import numbers
 from medvae.cli_options import (
     Advantage,
     Baseline,
@@ -25,8 +24,7 @@ from medvae.cli_options import (
     Risk,
     Seed,
 )
-from medvae.console import Console, debugging, fail
-from medvae.errors import MedvaeError
+from medvae.console import Console
 from medvae.version import __version__
 
 
@@ -49,9 +47,6 @@ app = typer.Typer(
 Version = Annotated[bool | None, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")]
 
 OPTIONS = "OPTIONS"  # in brackets before an optional argument, the documentation's builder takes it for a link
-NUMBER_LISTS = ("--shape", "--spacing-mm")
-DISK = (errno.ENOSPC, errno.EDQUOT)
-RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @app.callback()
@@ -138,8 +133,8 @@ def ingest(
     with Console(as_json, quiet) as out:
         config = build(
             IngestConfig,
-            shape=_numbers(shape),
-            spacing_mm=_numbers(spacing_mm, "--spacing-mm"),
+            shape=numbers(shape),
+            spacing_mm=numbers(spacing_mm, "--spacing-mm"),
             labels=labels,
             conditions=condition,
             modality=modality,
@@ -199,7 +194,7 @@ def plan(
             recipe=_recipe(pipeline),
             memory_gib=memory_gib,
         )
-        result = api.plan(cohort, config, patients=patients, shape=build(IngestConfig, shape=_numbers(shape)).shape)
+        result = api.plan(cohort, config, patients=patients, shape=build(IngestConfig, shape=numbers(shape)).shape)
         out.result(result, words.plan(result))
 
 
@@ -351,84 +346,3 @@ def _recipe(path: Path | None) -> Any:
     from medvae.config import load_recipe
 
     return None if path is None else load_recipe(path)
-
-
-def _numbers(text: str | None, flag: str = "--shape") -> tuple[float, ...] | None:
-    """Read '32,48,32' or '32x48x32'."""
-    if text is None:
-        return None
-    parts = text.replace("x", ",").split(",")
-    if not all(_is_number(part) for part in parts):
-        raise typer.BadParameter("give 2 or 3 numbers, such as 32 48 32 or 32x48x32", param_hint=repr(flag))
-    return tuple(float(part) for part in parts)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def join_numbers(argv: Sequence[str]) -> list[str]:
-    """Turn `--shape 32 48 32` into `--shape 32,48,32`: the parser below takes one value an option.
-
-    >>> join_numbers(["ingest", "scans", "--shape", "32", "48", "32", "-o", "cohort"])
-    ['ingest', 'scans', '--shape', '32,48,32', '-o', 'cohort']
-    """
-    joined: list[str] = []
-    rest = list(argv)
-    while rest:
-        token = rest.pop(0)
-        joined.append(token)
-        numbers = []
-        while token in NUMBER_LISTS and rest and _is_number(rest[0]):
-            numbers.append(rest.pop(0))
-        if numbers:
-            joined.append(",".join(numbers))
-    return joined
-
-
-def run(argv: Sequence[str]) -> int:
-    """Run one command and return its exit code: 0 done, 2 bad input, 3 refused for privacy, 1 a defect of ours."""
-    as_json = "--json" in argv
-    try:
-        code = app(args=join_numbers(argv), prog_name="medvae", standalone_mode=False)
-    except MedvaeError as error:
-        return fail(type(error).__name__, str(error), error.exit_code, as_json)
-    except typer.TyperException as error:
-        return fail("UsageError", " ".join(error.format_message().split()), 2, as_json)
-    except OSError as error:
-        if error.errno in DISK:
-            again = ", with --resume for a run that has begun" if "train" in argv else ""
-            message = f"the disk is full: free some space and run the command again{again}"
-            return fail("InputError", message, 2, as_json)
-        if error.errno in RIGHTS:
-            return fail(
-                "InputError", f"a file or folder cannot be used ({error.strerror}): check its rights", 2, as_json
-            )
-        return _defect(error, as_json)
-    except Exception as error:
-        return _defect(error, as_json)
-    if code == 130:
-        again = "add --resume to go on where it stopped" if "train" in argv else "run the command again"
-        return fail("Interrupted", f"interrupted, and nothing half-written counts: {again}", 130, as_json)
-    return code if isinstance(code, int) else 0
-
-
-def _defect(error: Exception, as_json: bool) -> int:
-    """A bug: name its type only, because its message may quote a path or a header of a patient."""
-    if debugging():
-        import traceback
-
-        traceback.print_exception(error, file=sys.stderr)
-    message = (
-        f"a defect of ours ({type(error).__name__}): set MEDVAE_DEBUG=1 to see the traceback, and please report it"
-    )
-    return fail("Defect", message, 1, as_json)
-
-
-def main() -> None:
-    """Entry point of the `medvae` command."""
-    sys.exit(run(sys.argv[1:]))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from medvae.cli import app, join_numbers
+from medvae.cli import app
+from medvae.cli_numbers import join_numbers
 from medvae.config import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

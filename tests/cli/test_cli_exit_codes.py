@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from medvae import api
-from medvae.cli import join_numbers, run
+from medvae.cli_numbers import join_numbers
+from medvae.cli_run import run
 from medvae.errors import BudgetExceeded, CohortError, NotReleasable, VerificationFailed
 from medvae.synth.phantom import make_phantom
 from medvae.synth.phantom_write import write_phantom

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from medvae.cli import run
+from medvae.cli_run import run
 
 NAME = "ZWETSCHGE"  # in person names, folders and file names
 NUMBER = "QX77310"  # in patient ids

@@ -18,7 +18,7 @@ from test_cli_leak import everything
 from medvae.audit import run as audit_room
 from medvae.audit.case import Figure, Part
 from medvae.audit.claim import claim_part
-from medvae.cli import run
+from medvae.cli_run import run
 from medvae.report import render
 from medvae.synth.phantom import make_phantom
 from medvae.synth.phantom_write import write_phantom

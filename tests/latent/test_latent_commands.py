@@ -12,7 +12,7 @@ import pytest
 from conftest import write_cohort
 from PIL import Image
 
-from medvae import cli
+from medvae import cli_run
 
 PRIVATE = (
     ("encode", [], ("codes.parquet", "codes_by_cluster.png", "codes_by_side.png")),
@@ -30,7 +30,7 @@ PRIVATE = (
 @pytest.mark.parametrize(("command", "flags", "files"), PRIVATE)
 def test_what_is_made_from_real_scans_is_marked_private(command, flags, files, run, cohort, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.run([command, str(run), str(cohort), "-o", str(out), "--json", *flags]) == 0
+    assert cli_run.run([command, str(run), str(cohort), "-o", str(out), "--json", *flags]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == json.loads((out / f"{command}.json").read_text())
     assert said["provenance"] == "private"
@@ -43,7 +43,7 @@ def test_what_is_made_from_real_scans_is_marked_private(command, flags, files, r
 
 
 def test_codes_hold_every_scan_once_with_its_conditions(run, cohort, tmp_path):
-    assert cli.run(["encode", str(run), str(cohort), "-o", str(tmp_path / "o"), "--format", "csv", "-q"]) == 0
+    assert cli_run.run(["encode", str(run), str(cohort), "-o", str(tmp_path / "o"), "--format", "csv", "-q"]) == 0
     with (tmp_path / "o" / "codes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sorted(int(r["scan"]) for r in rows) == list(range(150))
@@ -59,7 +59,7 @@ def test_a_strange_scan_is_flagged_and_normal_ones_mostly_are_not(run, cohort, t
     images[:10, 4:9, 4:9] = 65535  # a bright spot in the first ten patients
     np.save(strange / "images.npy", images)
     flags = ["--calibration", str(cohort), "--false-alarm-rate", "0.1", "--json", "-q"]
-    assert cli.run(["score", str(run), str(strange), "-o", str(tmp_path / "o"), *flags]) == 0
+    assert cli_run.run(["score", str(run), str(strange), "-o", str(tmp_path / "o"), *flags]) == 0
     with (tmp_path / "o" / "scores.csv").open() as file:
         flagged = {int(r["patient"]) for r in csv.DictReader(file) if r["flagged"] == "True"}
     assert set(range(10)) <= flagged
@@ -71,7 +71,7 @@ def test_a_strange_scan_is_flagged_and_normal_ones_mostly_are_not(run, cohort, t
 
 def test_augmenting_evens_out_the_classes(run, cohort, tmp_path, capsys):
     out = tmp_path / "o"
-    assert cli.run(["augment", str(run), str(cohort), "-o", str(out), "--json", "-q"]) == 0
+    assert cli_run.run(["augment", str(run), str(cohort), "-o", str(out), "--json", "-q"]) == 0
     said = json.loads(capsys.readouterr().out)
     totals = np.asarray(said["had"]) + np.asarray(said["added"])
     assert len(set(totals.tolist())) == 1
@@ -82,11 +82,11 @@ def test_augmenting_evens_out_the_classes(run, cohort, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["interpolate", "traverse"])
 def test_walks_ask_the_gate_first(command, run, tmp_path, capsys):
     out = tmp_path / "o"
-    assert cli.run([command, str(run), "-o", str(out)]) == 3
+    assert cli_run.run([command, str(run), "-o", str(out)]) == 3
     assert "the gate is closed" in capsys.readouterr().err
     assert not out.exists()
     flags = ["--paths", "2", "--steps", "3", "--json"]
-    assert cli.run([command, str(run), "-o", str(out), "--private", *flags]) == 0
+    assert cli_run.run([command, str(run), "-o", str(out), "--private", *flags]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["provenance"] == "private"
     assert (out / "PRIVATE.txt").exists()
@@ -131,7 +131,7 @@ BAD = (
 def test_bad_input_is_one_sentence_and_leaves_nothing(argv, says, run, cohort, tmp_path, capsys):
     out = tmp_path / "out"
     given = [str({"RUN": run, "COHORT": cohort}.get(a, a)) for a in argv]
-    assert cli.run([*given, "-o", str(out)]) == 2
+    assert cli_run.run([*given, "-o", str(out)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("medvae:")]
     assert len(lines) == 1
     assert says in lines[0]
@@ -144,7 +144,7 @@ def test_a_cohort_of_another_kind_is_refused_with_the_difference(run, cohort, tm
     info = json.loads((other / "cohort.json").read_text())
     info["space"]["spacing_mm"] = [2.0, 2.0]
     (other / "cohort.json").write_text(json.dumps(info))
-    assert cli.run(["encode", str(run), str(other), "-o", str(tmp_path / "out")]) == 2
+    assert cli_run.run(["encode", str(run), str(other), "-o", str(tmp_path / "out")]) == 2
     assert "spacing in mm [1.0, 1.0] and the cohort has [2.0, 2.0]" in capsys.readouterr().err
 
 
@@ -153,7 +153,7 @@ def test_nothing_private_enters_a_release(run, cohort, tmp_path, capsys):
     (release / "privacy").mkdir(parents=True)
     (release / "privacy" / "certificate.json").write_text("{}")
     for out in (release / "codes", release):
-        assert cli.run(["encode", str(run), str(cohort), "-o", str(out)]) == 3
+        assert cli_run.run(["encode", str(run), str(cohort), "-o", str(out)]) == 3
         assert "part of a release" in capsys.readouterr().err
     assert sorted(p.name for p in release.rglob("*")) == ["certificate.json", "privacy"]
 

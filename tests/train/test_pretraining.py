@@ -14,7 +14,7 @@ import torch
 from small_cohort import small_config, write_cohort
 from test_stages import PRETRAINED, SPACE, Stop, config_with, same, weights
 
-from medvae.cli import run as medvae
+from medvae.cli_run import run as medvae
 from medvae.config import ReleaseConfig
 from medvae.dp.ledger import Ledger
 from medvae.errors import ConfigError, PrivacyError, RunError
