@@ -32,6 +32,7 @@ from medvae.version import __version__
 DEFAULT_STORE = "sqlite:///mlflow.db"
 SHARED, PRIVATE = "medvae", "medvae-private"
 MODEL_NAME = "medvae"
+RELEASED, CHAMPION = "released", "champion"  # the latest version; the first one, until people move it
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -289,7 +290,7 @@ def _releasable(run_dir: Path) -> bool:
 
 
 def _register(client: Any, run_id: str, model_dir: Path) -> None:
-    """Store safetensors and card with MLflow's description, and add a version to the registry."""
+    """Store safetensors and card with MLflow's description, and add a version with its aliases to the registry."""
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import ModelSignature
@@ -316,7 +317,10 @@ def _register(client: Any, run_id: str, model_dir: Path) -> None:
     with suppress(Exception):  # the name may exist already: that is what the next line needs
         client.create_registered_model(MODEL_NAME)
     source = f"{client.get_run(run_id).info.artifact_uri}/model"
-    client.create_model_version(MODEL_NAME, source, run_id=run_id, await_creation_for=0)
+    version = client.create_model_version(MODEL_NAME, source, run_id=run_id, await_creation_for=0).version
+    client.set_registered_model_alias(MODEL_NAME, RELEASED, version)
+    if CHAMPION not in client.get_registered_model(MODEL_NAME).aliases:
+        client.set_registered_model_alias(MODEL_NAME, CHAMPION, version)
 
 
 def _metrics(rows: Sequence[tuple[str, float, int, int]]) -> list[Any]:

@@ -69,15 +69,20 @@ def test_the_registered_model_loads_and_generates(store: Path, run_dir: Path, as
     assert asked == [([{"size_class": "small", "age": 30.0}, {"size_class": "large", "age": 40.0}], 7)]
 
 
-def test_each_registration_is_a_version(store: Path, run_dir: Path) -> None:
+def test_each_registration_is_a_version_and_the_aliases_know_which(store: Path, run_dir: Path) -> None:
     from mlflow import MlflowClient
 
     for _ in range(2):
         with tracking.run("release", {}, private=False) as t:
             t.register(run_dir / "model")
     uri = f"sqlite:///{store}"
-    found = MlflowClient(tracking_uri=uri, registry_uri=uri).search_model_versions("name='medvae'")
-    assert sorted(int(v.version) for v in found) == [1, 2]
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    assert sorted(int(v.version) for v in client.search_model_versions("name='medvae'")) == [1, 2]
+    assert client.get_registered_model("medvae").aliases == {"champion": 1, "released": 2}
+    client.set_registered_model_alias("medvae", "champion", 2)  # by people
+    with tracking.run("release", {}, private=False) as t:
+        t.register(run_dir / "model")
+    assert client.get_registered_model("medvae").aliases == {"champion": 2, "released": 3}
 
 
 @pytest.mark.parametrize("content", ['{"releasable": false}', "{}", "[]", "torn", None])
