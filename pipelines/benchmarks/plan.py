@@ -30,6 +30,9 @@ from medvae.train.probe import step_cost
 from medvae.vault.store import open_cohort
 
 
+LEAST_STEPS = 12
+
+
 def foreseen(cohort: Path, config: TrainConfig) -> dict[str, float]:
     store = open_cohort(cohort).reveal()
     made = make_plan(len(store.patients("train")), store.space, config)
@@ -86,6 +89,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("plan", "train"), help="print one part's numbers as JSON")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
+    if options.steps < LEAST_STEPS:
+        parser.error(f"{options.steps} steps leave none between the walks of canaries: give at least {LEAST_STEPS}")
     torch.set_num_threads(1)
     recipe = Recipe(dpsgd=DpSgdConfig(enabled=True, steps=options.steps, grad_sampler=options.grad_sampler))
     config: Any = build(TrainConfig, dp_epsilon=8.0, recipe=recipe, device="cpu")
