@@ -29,7 +29,6 @@ from medvae.train.planning import make_plan
 from medvae.train.probe import step_cost
 from medvae.vault.store import open_cohort
 
-
 LEAST_STEPS = 12
 
 
