@@ -175,6 +175,22 @@ class PriorConfig(Frozen):
     hidden: Count = 32
 
 
+class RobustConfig(Frozen):
+    """SRL-VAE: the trained VAE is trained on by DP-SGD, on scans that an attacker has perturbed (nets/robust.py).
+
+    radius: largest change of a voxel of an image in [0, 1]; attack_steps: of projected gradient ascent; originality:
+    weight of what keeps the codes of clean scans.
+    """
+
+    enabled: bool = False
+    share: Share = 0.2
+    steps: Count = 60
+    learning_rate: Positive = 5e-4
+    radius: Share = 0.03
+    attack_steps: Count = 3
+    originality: Annotated[float, Field(ge=0)] = 1.0
+
+
 class TeacherConfig(Frozen):
     """A classifier trained by DP-SGD on the real scans, which drops or renames samples that it reads otherwise."""
 
@@ -208,6 +224,7 @@ class Recipe(Frozen):
     mixture: MixtureConfig = MixtureConfig()
     pretraining: PretrainingConfig = PretrainingConfig()
     dpsgd: DpSgdConfig = DpSgdConfig()
+    robust: RobustConfig = RobustConfig()
     prior: PriorConfig = PriorConfig()
     teacher: TeacherConfig = TeacherConfig()
     canaries: CanaryConfig = CanaryConfig()
@@ -230,7 +247,8 @@ class Recipe(Frozen):
             raise ValueError(f"{self.deep} belongs to the network that DP-SGD trains: enable dpsgd, or leave it out")
         if self.extra_share >= 1:
             raise ValueError(
-                f"prior and teacher share {self.extra_share:g} of the budget and leave the model nothing: lower them"
+                f"robust, prior and teacher share {self.extra_share:g} of the budget and leave the model nothing: "
+                "lower them"
             )
         if self.prior.kind != "none" and self.model.latent == "field":
             raise ValueError(
@@ -243,13 +261,18 @@ class Recipe(Frozen):
         """The first stage that asks for a network trained by DP-SGD, or nothing."""
         if self.pretraining.source != "none":
             return "pretraining"
+        if self.robust.enabled:
+            return "robust"
         return "prior" if self.prior.kind != "none" else ""
 
     @property
     def extra_share(self) -> float:
-        """The share of the budget that prior and teacher cost together."""
-        return (self.prior.share if self.prior.kind != "none" else 0.0) + (
-            self.teacher.share if self.teacher.enabled else 0.0
+        """The share of the budget that robust, prior and teacher cost together."""
+        robust = self.robust.share if self.robust.enabled else 0.0
+        return (
+            robust
+            + (self.prior.share if self.prior.kind != "none" else 0.0)
+            + (self.teacher.share if self.teacher.enabled else 0.0)
         )
 
 

@@ -11,9 +11,9 @@ from medvae.dp.goal import Goal
 from medvae.errors import ConfigError
 from medvae.types import Mechanism
 
-# Trainings by DP-SGD: of the model, of a flow over its codes, of a classifier.
-DPSGD, FLOW, TEACHER = "dpsgd", "prior_flow", "teacher"
-TRAINED = (DPSGD, FLOW, TEACHER)
+# Trainings by DP-SGD: of the model, of the model under attack, of a flow over its codes, of a classifier.
+DPSGD, ROBUST, FLOW, TEACHER = "dpsgd", "robust", "prior_flow", "teacher"
+TRAINED = (DPSGD, ROBUST, FLOW, TEACHER)
 # What the names of mechanisms begin with that see codes of scans and no scans.
 OVER_CODES = "prior_"
 

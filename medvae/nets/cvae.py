@@ -202,9 +202,12 @@ class ConditionalVAE(nn.Module):
 
         loss = reconstruction + beta kl (Higgins et al. 2017), with beta as scheduled; noise (B, d) standard normal.
         """
-        return self._elbo(self.encode(x, condition), x, condition, noise)
+        return self.elbo_of(self.encode(x, condition), x, condition, noise)
 
-    def _elbo(self, posterior: tuple[Tensor, Tensor], x: Tensor, condition: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def elbo_of(
+        self, posterior: tuple[Tensor, Tensor], x: Tensor, condition: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Return what `elbo` does, for codes of a posterior (mean and log-variance, (B, d) each) that is given."""
         mean, log_variance = posterior
         z = mean + torch.exp(0.5 * log_variance) * noise
         reconstruction = self.reconstruction(x, z, condition)
@@ -216,7 +219,7 @@ class ConditionalVAE(nn.Module):
         maps = self.encoder.maps(x)
         posterior = self._codes(maps, x, condition)
         as_class = [e.expand(len(x), -1) for e in torch.eye(labels.classes, device=x.device)]
-        each = [self._elbo(posterior, x, labels.with_probabilities(condition, y), noise)["loss"] for y in as_class]
+        each = [self.elbo_of(posterior, x, labels.with_probabilities(condition, y), noise)["loss"] for y in as_class]
         return labels.loss(each, labels.log_probabilities(maps.flatten(1)), condition, self.config.label_weight)
 
     def log_weight(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from medvae.train.planning import TrainPlan, make_plan, moment_shapes
 from medvae.train.pretraining import PublicCohort, open_public, pretraining_stage, with_public
 from medvae.train.randomness import Randomness, make_randomness
 from medvae.train.sampler import PatientSampler
-from medvae.train.stages import Stage, prior_stage, teacher_stage
+from medvae.train.stages import Stage, prior_stage, robust_stage, teacher_stage
 from medvae.train.team import Team
 from medvae.types import ModelRelease, Progress
 from medvae.vault.store import CohortStore, open_cohort
@@ -130,7 +130,8 @@ def train(
             team.begin(make_job(plan, facts, config, str(device), randomness))
             _dpsgd_stage(model.to(device), plan, store, randomness, run, progress, on_step, team, canaries, config)
         rest = Stage(store, store.patients("train"), randomness, canaries, run.private)
-        prior_stage(model.cpu(), plan, rest)
+        robust_stage(model.cpu(), plan, rest)
+        prior_stage(model, plan, rest)
         teacher = teacher_stage(plan, store.space, config.seed, rest)
         made = Made(model, teacher, declared)
         return _finish(made, plan, store, randomness, ledger, run, receipt, team.size, canaries)

@@ -1,5 +1,6 @@
-"""The private stages around DP-SGD of the model: a prior over its codes, and a teacher. Each has mechanisms of its own.
+"""The private stages after DP-SGD of the model. Each has mechanisms of its own.
 
+    robust                                DP-SGD of the model on scans that an attacker has perturbed
     prior_clusters_1 ..., prior_mixture   kind gaussian or mixture: noisy moments of the clipped codes by class, as
                                           train/mixture.py takes them of coefficients
     prior_flow                            kind flow: DP-SGD on the clipped codes
@@ -22,11 +23,12 @@ import torch
 from torch import nn
 
 from medvae.config import Recipe
-from medvae.dp.staging import FLOW, TEACHER, SampledStage
+from medvae.dp.staging import FLOW, ROBUST, TEACHER, SampledStage
 from medvae.errors import ConfigError
-from medvae.nets.build import build_teacher
+from medvae.nets.build import build_model, build_teacher
 from medvae.nets.codes import CodeMixture, clip_codes
 from medvae.nets.cvae import ConditionalVAE
+from medvae.nets.robust import Smoothed, attack
 from medvae.nets.teacher import Teacher, classes_of
 from medvae.train.canary import RunCanaries
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint
@@ -45,6 +47,9 @@ PRIOR = "prior"
 CLUSTER_SHARE = 0.15
 # Expected patients of a step: an eighth of all, between these, and at most half, as for the model.
 FEWEST, MOST = 16.0, 512.0
+
+# Scans that are attacked together.
+ATTACKED_AT_ONCE = 64
 
 Ints = npt.NDArray[np.int64]
 
@@ -68,6 +73,8 @@ def trained_stages(recipe: Recipe, patients: int) -> list[SampledStage]:
     """Return the stages that are trained by DP-SGD beside the model, from public numbers only."""
     rate = sample_rate(patients)
     found = []
+    if recipe.robust.enabled:
+        found.append(SampledStage(ROBUST, recipe.robust.share, rate, recipe.robust.steps))
     if recipe.prior.kind == "flow":
         found.append(SampledStage(FLOW, recipe.prior.share, rate, recipe.prior.steps))
     if recipe.teacher.enabled:
@@ -131,6 +138,62 @@ def encode_patients(model: ConditionalVAE, source: ScanSource, patients: Ints) -
             owners.append(batch.patient)
     space = replace(source.space, spatial_shape=(model.latent_dim,), spacing_mm=(1.0,), mask_labels=())
     return CodeSource(space, np.concatenate(codes), np.concatenate(conditions), np.concatenate(owners))
+
+
+@dataclass(frozen=True)
+class PerturbedSource:
+    """Scans beside what an attacker on the model makes of them: x is (B, 2 C, *spatial), the clean channels first.
+
+    `live` is the model in training, whose weights are private releases at every step; `copy` is attacked in its place,
+    since an engine may sit in the layers of `live`.
+    """
+
+    scans: ScanSource
+    live: ConditionalVAE
+    copy: ConditionalVAE
+    radius: float
+    steps: int
+
+    @property
+    def space(self) -> ImageSpace:
+        """The cohort's image space, with twice the channels."""
+        space = self.scans.space
+        return replace(space, mask_labels=tuple(range(1, 2 * space.channels)))
+
+    def rows(self, patients: Ints) -> Ints:
+        """Return the rows of these patients."""
+        return self.scans.rows(patients)
+
+    def load(self, rows: Ints) -> Batch:
+        """Return the scans of these rows, attacked at the weights of this moment."""
+        batch = self.scans.load(rows)
+        with torch.no_grad():
+            for own, now in zip(self.copy.parameters(), self.live.parameters(), strict=True):
+                own.copy_(now)
+        parts = []
+        for start in range(0, len(batch.x), ATTACKED_AT_ONCE):
+            x, condition = (torch.from_numpy(a[start : start + ATTACKED_AT_ONCE]) for a in (batch.x, batch.condition))
+            parts.append(attack(self.copy, x, condition, self.radius, self.steps).numpy())
+        return batch._replace(x=np.concatenate([batch.x, np.concatenate(parts)], axis=1))
+
+
+def robust_stage(model: ConditionalVAE, plan: TrainPlan, run: Stage) -> None:
+    """Train the model on in place on perturbed scans, where the recipe asks for it.
+
+    Guarantee: the plan's mechanism "robust", by patient, add/remove. A scan's perturbation is made of that scan and of
+    weights that are private releases already, so a patient still gives one clipped gradient a step.
+    """
+    config = plan.recipe.robust
+    if not config.enabled:
+        return
+    # The engine of the first training sits in the layers of `model`.
+    fresh, twin = (build_model(model.space, plan.recipe) for _ in range(2))
+    for own in (fresh, twin):
+        own.load_state_dict(model.state_dict())
+    source = PerturbedSource(run.scans, fresh, twin.requires_grad_(False), config.radius, config.attack_steps)
+    net = Smoothed(fresh, config.originality)
+    _train(net, source, ROBUST, config.learning_rate, model.latent_dim, plan, run)
+    model.load_state_dict(fresh.state_dict())
 
 
 def prior_stage(model: ConditionalVAE, plan: TrainPlan, run: Stage) -> None:

@@ -57,7 +57,7 @@ def classical(train: Images, test: Images, codes: int, seed: int) -> dict[str, f
 
     flat, held = (a.reshape(len(a), -1).astype(np.float64) for a in (train, test))
     pca = PCA(codes, whiten=True, random_state=seed).fit(flat)
-    ica = FastICA(codes, whiten=False, max_iter=20, tol=1e-2, random_state=seed).fit(pca.transform(flat))
+    ica = FastICA(whiten=False, max_iter=20, tol=1e-2, random_state=seed).fit(pca.transform(flat))
     coded = pca.transform(held)
     found = {"PCA": coded, "ICA": ica.inverse_transform(ica.transform(coded))}
     again = {name: pca.inverse_transform(z).clip(0, 1) for name, z in found.items()}
