@@ -28,6 +28,7 @@ BROKEN_AUC = 0.9
 FOLDS = 5
 PERMUTATIONS = 400
 SPLITS = 200
+BAND_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,30 @@ def false_alarms(others: Floats, confidence: float, seed: int) -> Estimate:
         found = auc_interval(order[: len(order) // 2], order[len(order) // 2 :], confidence)
         alarms += not found.low <= 0.5 <= found.high
     return Estimate(alarms / SPLITS, *clopper_pearson(alarms, SPLITS, confidence), len(others))
+
+
+def band(scores: Scores, confidence: float) -> dict[str, Any]:
+    """Return the edges of a band around the empirical ROC, as lists for a figure.
+
+    At each threshold both rates have their Clopper-Pearson interval, each at half of the error (Bonferroni): the lower
+    edge runs through the upper end of the FPR and the lower end of the TPR, the upper edge through the others.
+    """
+    from scipy.stats import beta
+
+    fpr, tpr = roc(scores)
+    chosen = np.unique(np.linspace(0, len(fpr) - 1, BAND_POINTS).round().astype(int))
+    if len(fpr) > BAND_POINTS:  # more of them where a figure with logarithmic axes looks closest
+        chosen = np.union1d(chosen, np.geomspace(1, len(fpr) - 1, BAND_POINTS).round().astype(int))
+    tail = (1 - confidence) / 4
+
+    def ends(rates: Floats, n: int) -> tuple[Floats, Floats]:
+        hits = np.round(rates[chosen] * n)
+        low = np.where(hits > 0, beta.ppf(tail, np.maximum(hits, 1), n - hits + 1), 0.0)
+        return low, np.where(hits < n, beta.ppf(1 - tail, hits + 1, np.maximum(n - hits, 1)), 1.0)
+
+    (fpr_low, fpr_high), (tpr_low, tpr_high) = ends(fpr, len(scores.others)), ends(tpr, len(scores.members))
+    edges = {"low": (fpr_high, tpr_low), "high": (fpr_low, tpr_high)}
+    return {"confidence": confidence, **{k: {"fpr": x.tolist(), "tpr": y.tolist()} for k, (x, y) in edges.items()}}
 
 
 def curve(scores: Scores) -> dict[str, Any]:

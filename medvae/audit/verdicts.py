@@ -231,7 +231,8 @@ def _figures(
             row[f"tpr at {asked * 100:g}% fpr"] = membership.rate(attacks[name], asked, confidence).value
         leaky = control.get(name)
         rows.append(row | {"control auc": None if leaky is None else auc(leaky.members, leaky.others)})
-    curves: dict[str, Any] = {"model": membership.curve(attacks[primary])}
+    shown = attacks[primary]
+    curves: dict[str, Any] = {"model": membership.curve(shown) | {"band": membership.band(shown, confidence)}}
     if primary in control:
         curves["positive control"] = membership.curve(control[primary])
     data = {"score": primary, "curves": curves}

@@ -120,7 +120,9 @@ def _describe(kind: str, title: str, data: Mapping[str, Any]) -> str:
     for s in data["series"]:
         if kind == "curve":
             x, y = s["x"], s["y"]
-            lines.append(f"{s['label']}, from {number(y[0])} at {number(x[0])} to {number(y[-1])} at {number(x[-1])}")
+            with_band = f" with {s['band']['label']}" if s.get("band") else ""
+            ends = f"from {number(y[0])} at {number(x[0])} to {number(y[-1])} at {number(x[-1])}"
+            lines.append(f"{s['label']}{with_band}, {ends}")
         else:
             peak = max(range(len(s["density"])), key=s["density"].__getitem__)
             lines.append(f"{s['label']}, highest between {number(s['edges'][peak])} and {number(s['edges'][peak + 1])}")

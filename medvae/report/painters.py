@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ def paint(kind: str, data: Mapping[str, Any]) -> bytes:
 def _curve(axes: Axes, data: Mapping[str, Any]) -> None:
     log = bool(data.get("log"))
     series = [(clean(s["label"]), *_points(s["x"], s["y"], log)) for s in data["series"]]
+    bands = [s.get("band") for s in data["series"]]
     if not any(x for _, x, _ in series):
         raise ValueError("no point to draw")
     for i, (label, x, y) in enumerate(series):
@@ -51,6 +53,9 @@ def _curve(axes: Axes, data: Mapping[str, Any]) -> None:
         axes.plot(x, y, color=color, linestyle=line, label=label)
         if any(word in label.lower() for word in ("proven", "proof", "bound", "limit")):
             axes.fill_between(x, y, 1.0, color=GREY, alpha=0.14, linewidth=0, label="ruled out by the proof")
+        band = bands[i]
+        if band is not None:
+            axes.fill(*_outline(band, log), color=color, alpha=0.16, linewidth=0, label=clean(band["label"]))
     if log:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -65,6 +70,14 @@ def _curve(axes: Axes, data: Mapping[str, Any]) -> None:
     axes.set_xlabel(clean(data.get("x_label", "")))
     axes.set_ylabel(clean(data.get("y_label", "")))
     axes.legend(loc="lower right" if log else "best")
+
+
+def _outline(band: Mapping[str, Any], log: bool) -> tuple[list[float], list[float]]:
+    """Return the outline of a band between two edges; on logarithmic axes zero is drawn far below what is shown."""
+    edges = [list(zip(band[edge]["x"], band[edge]["y"], strict=True)) for edge in ("low", "high")]
+    floor = SMALLEST_RATE / 1000 if log else -math.inf
+    points = [(max(float(x), floor), max(float(y), floor)) for x, y in [*edges[0], *reversed(edges[1])]]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _points(x: Sequence[float], y: Sequence[float], log: bool) -> tuple[list[float], list[float]]:

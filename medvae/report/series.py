@@ -63,11 +63,17 @@ def _one_roc(parts: list[Mapping[str, Any]]) -> dict[str, Any]:
             series.append({"label": "proven limit", "x": data.get("fpr"), "y": data["tpr_bound"]})
     for part in parts:
         for name, curve in (part["data"].get("curves") or {}).items():
-            series.append({"label": ROC_LABELS.get(name, name), "x": curve.get("fpr"), "y": curve.get("tpr")})
+            band = {"band": _band(curve["band"])} if curve.get("band") else {}
+            series.append({"label": ROC_LABELS.get(name, name), "x": curve.get("fpr"), "y": curve.get("tpr")} | band)
     origins = [str(part.get("provenance", "private")) for part in parts]
     private = next((origin for origin in origins if origin not in SHAREABLE), None)
     title = "What the proof allows any attack" if len(series) == 1 else "Attacks under the proven limit"
     return {"kind": "curve", "title": title, "provenance": private or origins[0], "data": {"series": series} | ROC_AXES}
+
+
+def _band(band: Mapping[str, Any]) -> dict[str, Any]:
+    edges = {edge: {"x": band[edge]["fpr"], "y": band[edge]["tpr"]} for edge in ("low", "high")}
+    return {"label": f"its {100 * float(band['confidence']):g} % band"} | edges
 
 
 def _features(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from medvae.audit.intervals import (
     auc,
@@ -14,6 +15,7 @@ from medvae.audit.intervals import (
     patient_weights,
     percentile_bootstrap,
 )
+from medvae.audit.membership import Scores, band
 
 
 def test_clopper_pearson_against_published_values() -> None:
@@ -95,3 +97,19 @@ def test_mean_interval_covers() -> None:
     rng = np.random.default_rng(6)
     found = [mean_interval(rng.normal(2, 1, 8), 0.95) for _ in range(1000)]
     assert 0.92 <= np.mean([f.low <= 2 <= f.high for f in found]) <= 0.98
+
+
+@pytest.mark.parametrize(("members", "others"), [(60, 60), (250, 40)])
+def test_the_band_around_an_roc_holds_the_true_curve(members: int, others: int) -> None:
+    """At a few rates of a known curve, one at a time, as the band is drawn: between its two edges."""
+    rng, rates, shift = np.random.default_rng(11), np.asarray([0.05, 0.2, 0.5]), 1.0
+    truth = norm.sf(norm.isf(rates) - shift)
+    inside = np.zeros(len(rates))
+    for _ in range(400):
+        found = band(Scores(rng.normal(shift, 1, members), rng.normal(0, 1, others)), 0.95)
+        low, high = (np.asarray([found[edge]["fpr"], found[edge]["tpr"]]) for edge in ("low", "high"))
+        below = np.asarray([low[1][low[0] <= r].max(initial=0.0) for r in rates])
+        above = np.asarray([high[1][high[0] >= r].min(initial=1.0) for r in rates])
+        inside += (below <= truth) & (truth <= above)
+    assert (inside / 400 >= 0.95).all()
+    assert np.ptp([below, above], axis=0).max() < 0.7  # and it is no band that holds everything

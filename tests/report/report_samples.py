@@ -47,6 +47,13 @@ CLAIM: dict[str, Any] = {
 }
 
 
+BAND = {
+    "confidence": 0.95,
+    "low": {"fpr": [0.02, 0.2, 1.0], "tpr": [0.0, 0.07, 0.97]},
+    "high": {"fpr": [0.0, 0.04, 0.98], "tpr": [0.03, 0.2, 1.0]},
+}
+
+
 def finding(name: str, group: str, value: float | None, provenance: str, **more: Any) -> dict[str, Any]:
     empty = {"low": None, "high": None, "n": None, "baseline": None, "control": None, "verdict": ""}
     return {"name": name, "group": group, "value": value, "provenance": provenance} | empty | more
@@ -91,7 +98,10 @@ def make_audit(audience: str) -> dict[str, Any]:
         "empirical roc": {
             "title": "Membership attack on real patients",
             "provenance": "private",
-            "data": {"score": "elbo", "curves": {"model": {"fpr": [0.0, 0.1, 1.0], "tpr": [0.0, 0.12, 1.0]}}},
+            "data": {
+                "score": "elbo",
+                "curves": {"model": {"fpr": [0.0, 0.1, 1.0], "tpr": [0.0, 0.12, 1.0], "band": BAND}},
+            },
         },
         "attack scores": {
             "title": "Every score of the attack",
