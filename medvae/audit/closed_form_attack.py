@@ -11,9 +11,10 @@ from medvae.audit.attacks import CLOSED_FORM, EXACT, MEAN_MAP, MIXTURE, WHITE_BO
 from medvae.audit.calibrate import Calibrated
 from medvae.audit.linear_scores import Coefficients, Part
 from medvae.audit.membership import Scores
-from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form, moment_shapes
+from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form
 from medvae.audit.shadows import Arrays, Shadows, run_shadows, splits
 from medvae.config import Recipe
+from medvae.train.planning import moment_shapes
 from medvae.types import FloatArray, ImageSpace
 
 CONTROL_SHADOWS = 16

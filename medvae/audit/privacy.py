@@ -121,7 +121,7 @@ def _families(case: Case, pool: Pool, clock: Clock) -> tuple[dict[str, Family], 
 
 def _noise(case: Case, pool: Pool, recipe: Recipe) -> dict[str, float]:
     """Return the noise of closed-form shadows, scaled so that a mean over their fewer patients is as noisy."""
-    from medvae.audit.shadow_recipe import moment_shapes
+    from medvae.train.planning import moment_shapes
 
     known = {m["name"]: float(m["event"]["noise_multiplier"]) for m in case.claim["mechanisms"]}
     kept = splits(strata(pool.scans), pool.seen, 1, case.config.seed)[0].sum() / max(1, int(case.claim["patients"]))

@@ -19,9 +19,8 @@ from medvae.audit.linear_scores import cosines
 from medvae.audit.material import Scans
 from medvae.audit.shadows import Bools
 from medvae.config import Recipe
-from medvae.nets.build import mixture_shapes
 from medvae.nets.linear import LinearPart
-from medvae.train.moments import MomentShapes
+from medvae.train.planning import moment_shapes
 from medvae.types import Batch, FloatArray, ImageSpace
 
 Ints = npt.NDArray[np.int64]
@@ -33,6 +32,10 @@ SCORE = "score/"
 
 class CoefficientPart(LinearPart):
     """A linear part whose images are coefficients already: (B, C, *spatial) of the full cosine transform."""
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Return images (B, C, *spatial); the basis has to be the full one."""
+        return self._apply_axes(x, transpose=False)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the lowest coefficients (B, C, *k)."""
@@ -99,15 +102,6 @@ def closed_form(
     index = np.searchsorted(pool.patients, pool.patient).astype(np.int64)
     transformed = cosines(pool.x) if full is None else full
     return ClosedForm(InMemory(transformed, pool.condition, index, pool.space), recipe, noise_multipliers, seed)
-
-
-def moment_shapes(recipe: Recipe) -> MomentShapes:
-    """Return the shapes that a resolved recipe's closed form has."""
-    m, latent = recipe.moments, recipe.model.latent_dim
-    if m.basis_shape is None or m.coarse_shape is None or m.spectrum_weight is None or latent is None:
-        raise ValueError("the recipe is not resolved")
-    mixture, steps = mixture_shapes(recipe), recipe.mixture.lloyd_steps
-    return MomentShapes(m.basis_shape, m.coarse_shape, latent, m.spectrum_weight, mixture, steps)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ class LinearPart(nn.Module):
     spectrum: (SHELLS, C, C), the covariance between channels of one cosine coefficient of what m(c) leaves over, by
     shell of frequency; contrast: (M,), how much brighter the image is inside each mask than around it, where m(c) does
     not already say so. These two are not part of p(x|z): sampling adds them as texture.
+    two_valued: (), whether images are shapes, every voxel 0 or 1, so that m(c) is a probability as a mask's is.
     mixture: in its place the directions' one Gaussian, where the cohort carries one.
     """
 
@@ -77,6 +78,7 @@ class LinearPart(nn.Module):
     directions: Tensor
     spectrum: Tensor
     contrast: Tensor
+    two_valued: Tensor
 
     def __init__(
         self,
@@ -89,12 +91,17 @@ class LinearPart(nn.Module):
         self.space = space
         self.mixture = None if mixture is None else MixturePart(space, mixture)
         self.register_buffer("contrast", torch.zeros(space.channels - 1))
+        self.register_buffer("two_valued", torch.tensor(False))
         self.register_buffer("spectrum", torch.zeros(SHELLS, space.channels, space.channels))
         self.register_buffer("mean_map", torch.zeros(design_width(space.conditions), space.channels, *basis_shape))
         self.register_buffer("directions", torch.zeros(latent_dim, space.channels, *basis_shape))
         for axis, (count, size) in enumerate(zip(basis_shape, space.spatial_shape, strict=True)):
             matrix = torch.as_tensor(cosine_matrix(count, size), dtype=torch.float32)
             self.register_buffer(f"axis_{axis}", matrix, persistent=False)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Return the images (B, C, *spatial) that `reduce` takes: x itself, or what a subclass's input stands for."""
+        return x
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the coefficients (B, C, *k) of images (B, C, *spatial)."""

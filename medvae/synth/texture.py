@@ -5,19 +5,22 @@ everything the code does not know. Fields with the released spectrum give the re
 
     mask    voxel is foreground where g < Phi^-1(p), with g a unit Gaussian field: every voxel keeps its probability p,
             and neighbours agree as far as the field is smooth (a Gaussian copula)
-    image   mean + regression on the drawn mask + a field with what is left of the spectrum
+    image   mean + regression on the drawn mask + a field with what is left of the spectrum; drawn as a mask is where
+            the cohort's images are shapes, every voxel 0 or 1
 
-The spectrum is a differentially private output of the closed-form stage, so all of this is post-processing.
+Where the budget showed a mean alone there is no spectrum of the masks: their shape is then the mean's level set, and
+the image is made-up tissue around them. Spectrum and mean are differentially private outputs of the closed-form stage,
+so all of this is post-processing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
-from scipy.fft import idctn
+from scipy.fft import dctn, idctn
 from scipy.special import ndtri
 
 from medvae.nets.linear import shells
@@ -27,13 +30,19 @@ Matrices = npt.NDArray[np.float64]
 
 # Probabilities below this are noise of the released means, spread over the whole field of view.
 FAINT = 0.1
+FAINT_SHAPE = 0.02
 # Islands smaller than this share of the largest are a field's chance crossings, not anatomy.
 ISLAND = 0.1
 SURE = 0.995
 # Frequency, as a share of the finest that the grid can hold, from which on a mask's field has no power left.
 SMOOTH = 0.1
+# The same, to choose from, for the field that cuts out an image of two values, and draws for each to choose by.
+SMOOTH_SHAPES, SHAPE_DRAWS = (0.1, 0.2, 0.3, 0.45, 0.7), 6
 # Share of the leftover amplitude that is drawn: the rest of it is edges that moved, which a field would draw as grain.
 FINE = 0.5
+# Made-up tissue: how many kinds, how they differ from each other in grey level and within themselves, and the scale of
+# their borders in half-cycles a field of view; a label's own level is known that well.
+KINDS, BETWEEN, WITHIN, BORDERS, KNOWN = 6, 0.25, 0.06, 8.0, 0.06
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Texture:
     mask: Matrices  # (SHELLS, M): amplitude of one coefficient of each mask's unit field
     image: Matrices  # (SHELLS,): amplitude of one coefficient of the image's field
     slope: Matrices  # (M,): how much brighter the image is inside each mask than its probability made the mean
+    shape: Matrices  # (SHELLS,): amplitude of one coefficient of the unit field that cuts out an image of two values
 
 
 def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
@@ -59,18 +69,38 @@ def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_sha
     masks = left[:, 1:, 1:]
     given = left[:, 0, 0] - 2 * left[:, 0, 1:] @ slope + np.einsum("a,sab,b->s", slope, masks, slope)
     count = np.bincount(shell.ravel(), minlength=len(left))
-    power = np.maximum(np.einsum("sii->si", masks), 0.0) * _low_pass(spatial_shape, shell, len(left))[:, None]
+    power = np.maximum(np.einsum("sii->si", masks), 0.0) * _low_pass(spatial_shape, shell, len(left), SMOOTH)[:, None]
     total = (power * count[:, None]).sum(0) / shell.size
     unit = np.sqrt(power / np.where(total > 0, total, 1.0))
-    return Texture(shell, unit, FINE * np.sqrt(np.maximum(given, 0.0)), slope)
+    return Texture(shell, unit, FINE * np.sqrt(np.maximum(given, 0.0)), slope, np.zeros(len(left)))
 
 
-def _low_pass(spatial_shape: tuple[int, ...], shell: npt.NDArray[np.int64], count: int) -> Matrices:
+def cut_shapes(texture: Texture, left: Matrices, probability: Array, rng: np.random.Generator) -> Texture:
+    """Return the texture with the field for images of two values, as smooth as makes their spectrum the released one.
+
+    left: (SHELLS,), the image's spectrum less what the directions explain; probability: (*spatial), of a one, on the
+    whole. Some shapes are drawn with each smoothness, and the one that puts its variance in the right shells is kept.
+    """
+    shell, count = texture.shell, np.bincount(texture.shell.ravel(), minlength=len(left))
+    wanted = np.maximum(left, 0.0) * count
+    made = []
+    for smooth in SMOOTH_SHAPES:
+        power = np.maximum(left, 0.0) * _low_pass(shell.shape, shell, len(left), smooth)
+        unit = np.sqrt(power / max(float((power * count).sum()) / shell.size, 1e-30))
+        candidate = replace(texture, shape=unit)
+        rest = [draw_shape(probability, candidate, rng) - probability for _ in range(SHAPE_DRAWS)]
+        energy = sum(np.square(dctn(r, norm="ortho")) for r in rest) / SHAPE_DRAWS
+        off = np.abs(np.bincount(shell.ravel(), np.asarray(energy).ravel(), len(left)) - wanted).sum()
+        made.append((float(off), candidate))
+    return min(made, key=lambda pair: pair[0])[1]
+
+
+def _low_pass(spatial_shape: tuple[int, ...], shell: npt.NDArray[np.int64], count: int, smooth: float) -> Matrices:
     """Return a factor a shell for the masks' fields, smoother than the masks they cut out, whose edges are sharp."""
     squares = [np.square(np.arange(n) / n) for n in spatial_shape]
     frequency = np.sqrt(np.add.reduce(np.meshgrid(*squares, indexing="ij")))
     mean = np.bincount(shell.ravel(), frequency.ravel(), count) / np.maximum(np.bincount(shell.ravel(), None, count), 1)
-    return np.asarray(np.exp(-0.5 * np.square(mean / SMOOTH)))
+    return np.asarray(np.exp(-0.5 * np.square(mean / smooth)))
 
 
 def explained_spectrum(directions: Array, spatial_shape: tuple[int, ...], shell_count: int) -> Array:
@@ -100,7 +130,10 @@ def draw_labels(probability: Array, texture: Texture | None, rng: np.random.Gene
         return np.where(total > 0.5, best, 0).astype(np.uint8)
     weights = probability.reshape(len(probability), -1).sum(1)
     amplitude = texture.mask @ (weights / max(float(weights.sum()), 1e-6))
-    foreground = (total > 0) & (_field(amplitude, texture, rng) < ndtri(np.clip(total, 1e-6, SURE)))
+    if amplitude.any():
+        foreground = (total > 0) & (_field(amplitude, texture, rng) < ndtri(np.clip(total, 1e-6, SURE)))
+    else:  # nothing is known of how shapes vary: the level that keeps the volume
+        foreground = (total > 0) & (total >= np.quantile(total, 1 - min(1.0, float(total.mean()))))
     islands, count = ndimage.label(foreground)
     if count > 1:
         sizes = np.bincount(islands.ravel())[1:]
@@ -112,12 +145,47 @@ def draw_labels(probability: Array, texture: Texture | None, rng: np.random.Gene
     return np.where(foreground, best, 0).astype(np.uint8)
 
 
+def _tissue(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Return grey levels (*shape) around 0 of made-up tissue: patches, each of one kind, with a grain."""
+    radius = np.sqrt(np.add.reduce(np.meshgrid(*[np.square(np.arange(n)) for n in shape], indexing="ij")))
+    smooth = np.exp(-0.5 * np.square(radius / BORDERS))
+    fields = [idctn(rng.standard_normal(shape) * smooth, norm="ortho") for _ in range(KINDS)]
+    levels = rng.normal(0, BETWEEN, KINDS)
+    grain = ndimage.gaussian_filter(rng.standard_normal(shape), 1.0)
+    return np.asarray(levels[np.argmax(fields, axis=0)] + grain * (WITHIN / grain.std()), dtype=np.float32)
+
+
+def _imagined(mean: Array, labels: npt.NDArray[np.uint8], texture: Texture, rng: np.random.Generator) -> Array:
+    """Return an image where only a mean was released: made-up tissue, in which each label is of a kind of its own.
+
+    A segmentation trained on it has to go by place, shape and level together, since patches like the label are
+    everywhere (domain randomisation, Billot et al. 2023).
+    """
+    out = _tissue(mean.shape, rng)
+    grain = ndimage.gaussian_filter(rng.standard_normal(mean.shape), 1.0)
+    for m, slope in enumerate(texture.slope):
+        level = slope + rng.normal(0, KNOWN) + grain * (WITHIN / grain.std())
+        out = np.where(labels == m + 1, level, out)
+    return np.asarray(np.clip(mean + ndimage.gaussian_filter(out, 0.6), 0, 1), dtype=np.float32)
+
+
+def draw_shape(probability: Array, texture: Texture | None, rng: np.random.Generator) -> Array:
+    """Return an image (*spatial) of zeros and ones from the probability of a one at each voxel."""
+    if texture is None or not texture.shape.any():
+        return np.asarray(probability > 0.5, dtype=np.float32)
+    bound = ndtri(np.clip(probability, 1e-6, SURE))
+    inside = (probability > FAINT_SHAPE) & (_field(texture.shape, texture, rng) < bound)
+    return np.asarray(inside, dtype=np.float32)
+
+
 def draw_image(
     mean: Array, probability: Array, labels: npt.NDArray[np.uint8], texture: Texture | None, rng: np.random.Generator
 ) -> Array:
     """Return an image (*spatial) in [0, 1] around its mean, agreeing with the drawn labels."""
     if texture is None:
         return np.clip(mean, 0, 1)
+    if len(probability) and not texture.mask.any():
+        return _imagined(mean, labels, texture, rng)
     # A value in [0, 1] with mean m varies by at most m (1 - m): black stays black, and the average variance is kept.
     room = np.clip(mean, 0, 1) * (1 - np.clip(mean, 0, 1))
     local = np.sqrt(room / max(float(room.mean()), 1e-6))

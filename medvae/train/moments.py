@@ -12,10 +12,14 @@ gives exactly the mechanism that the plan charged:
 
 A patient's vector is the average over the patient's scans of vectors of norm at most 1, so its norm is at most 1 too.
 Whatever is computed from the noisy sums afterwards is post-processing.
+
+Where a cohort is so small that only a mean can be seen, that mean has the budget alone (`mean_alone`): norms on a
+coarser histogram, and an overall mean around a public level; spread and texture are public constants then.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,21 +34,35 @@ from medvae.nets.linear import SHELLS, LinearPart, design, design_norm, design_w
 from medvae.nets.mixture import MixtureShapes
 from medvae.train.denoise import contrast_operator, mask_contrast, principal_directions, shrink, tame_spectra
 from medvae.train.mixture import Grouped, box_of, fit_mixture, release_names
+from medvae.train.occupancy import smooth_occupancy
 from medvae.types import Batch, ImageSpace, Progress
 
 Array = npt.NDArray[np.float64]
 
 RELEASES = ("norms", "centre", "residual_norms", "means", "second")
 CLIP_RELEASES = ("norms", "residual_norms")
+ALONE = ("norms", "means")
 # Edges of the norm histograms, as root mean square per element of [0, 1] channels: public constants.
 RMS_EDGES = np.geomspace(0.01, 1.0, 25)
+COARSE_EDGES = np.geomspace(0.08, 1.0, 8)
+# The same for the lowest coefficients alone, whose norms are smaller.
+LOW_EDGES = 0.4
+# A bin of a histogram counts from this many standard deviations of its noise on.
+SEEN = 2.0
 # Clips where a cohort is too small to show its own (the rule decides): a scan in [0, 1], and what a mean leaves of it.
 PUBLIC_RMS, PUBLIC_RESIDUAL_RMS = 0.4, 0.2
+# The grey level that a mean alone is measured from, and how far scans are taken to vary around it.
+PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER, PUBLIC_CONTRAST = 0.4, 0.5, 4.0, 0.25
+# Weight of the image in all norms where there are masks: what a segmentation learns from is the masks.
+IMAGE_WEIGHT = 0.5
+# Share of the first release that says how grey images are; they count as two-valued below this.
+GREY_WEIGHT, TWO_VALUED = 0.25, 0.3
 # The clip is the norm that this share of patients stays under: more clips the anatomy, less adds noise.
 CLIP_QUANTILE = 0.8
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
+ALONE_CONTRAST_WEIGHT = 0.3
 # Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
 CHUNK_VOXELS = 2**20
 
@@ -164,17 +182,41 @@ def noisy_sum(
     return noised[:released]
 
 
-def norm_buckets(norms: Tensor, size: int) -> Tensor:
+def norm_buckets(norms: Tensor, size: int, edges: Array = RMS_EDGES) -> Tensor:
     """Return one-hot buckets (B, bins) of norms (B,) of vectors with `size` elements."""
-    edges = torch.as_tensor(RMS_EDGES, dtype=norms.dtype) * size**0.5
-    return torch.nn.functional.one_hot(torch.bucketize(norms, edges), len(RMS_EDGES) + 1).double()
+    bounds = torch.as_tensor(edges, dtype=norms.dtype) * size**0.5
+    return torch.nn.functional.one_hot(torch.bucketize(norms, bounds), len(edges) + 1).double()
 
 
-def radius_of(histogram: Array, size: int) -> float:
-    """Return the clip norm at CLIP_QUANTILE of a noisy histogram: post-processing."""
-    cumulative = np.cumsum(np.maximum(histogram, 0.0))
+def radius_of(histogram: Array, size: int, noise_sd: float = 0.0, edges: Array = RMS_EDGES) -> float:
+    """Return the clip norm at CLIP_QUANTILE of a noisy histogram, of the bins that show: post-processing."""
+    shown = np.where(histogram > min(SEEN * noise_sd, histogram.max() / 2), np.maximum(histogram, 0.0), 0.0)
+    cumulative = np.cumsum(shown)
     bucket = int(np.searchsorted(cumulative, CLIP_QUANTILE * cumulative[-1])) if cumulative[-1] > 0 else 0
-    return float(RMS_EDGES[min(bucket, len(RMS_EDGES) - 1)] * size**0.5)
+    return float(edges[min(bucket, len(edges) - 1)] * size**0.5)
+
+
+def mask_contrasts(x: Tensor) -> Tensor:
+    """Return how much brighter images are inside each mask than outside all of them, (B, M), of (B, 1 + M, *spatial).
+
+    Masks may be probabilities. Nothing inside, or nothing outside: 0.
+    """
+    image, masks = x[:, :1].flatten(2), x[:, 1:].flatten(2)
+    outside = (1 - masks.sum(1, keepdim=True)).clamp(min=0)
+    inside, around = ((w * image).sum(2) / w.sum(2).clamp(min=1e-6) for w in (masks, outside))
+    return torch.where((masks.sum(2) >= 1) & (outside.sum(2) >= 1), inside - around, 0.0)
+
+
+def greyness(images: Tensor) -> Tensor:
+    """Return how far images (B, *spatial) are from being two-valued: 4 sum x (1 - x) / sum x, in [0, 1]."""
+    x = images.flatten(1).double().clamp(0, 1)
+    return (4 * (x * (1 - x)).sum(1) / x.sum(1).clamp(min=1e-6)).clamp(max=1)
+
+
+def shrink_vector(noisy: Array, noise_sd: float) -> Array:
+    """Shrink a noisy vector towards zero by the positive-part James-Stein factor: post-processing."""
+    energy = float(np.square(noisy).sum())
+    return np.asarray(noisy * max(0.0, 1 - noise_sd**2 * len(noisy) / max(energy, 1e-30)))
 
 
 @dataclass(frozen=True)
@@ -183,7 +225,8 @@ class MomentShapes:
 
     basis: of the mean; coarse: of the centre and of second moments; latent_dim: directions kept at most;
     spectrum_weight: share of the last release's sensitivity that spectra get, against directions (squares add to 1);
-    public_clips: clips are public constants, and the two histograms are left out.
+    public_clips: clips are public constants, and the two histograms are left out. mean_alone: only the overall mean
+    is released, and a histogram of norms before it.
     """
 
     basis: tuple[int, ...]
@@ -193,11 +236,13 @@ class MomentShapes:
     mixture: MixtureShapes | None = None
     lloyd_steps: int = 0
     public_clips: bool = False
+    mean_alone: bool = False
 
     @property
     def releases(self) -> tuple[str, ...]:
         """The names of all releases of the stage, in order."""
-        first = tuple(name for name in RELEASES if not (self.public_clips and name in CLIP_RELEASES))
+        stages = ALONE if self.mean_alone else RELEASES
+        first = tuple(name for name in stages if not (self.public_clips and name in CLIP_RELEASES))
         if self.mixture is None:
             return first
         return (*first, *release_names(self.mixture.components, self.lloyd_steps))
@@ -221,6 +266,8 @@ def fit_moments(
     become coefficients; another class is for sources that hold coefficients already.
     """
     steps: tuple[Callable[[_Fit], None], ...] = (_norms, _centre, _residual_norms, _means, _second)
+    if shapes.mean_alone:
+        steps = (_public_level, _norms, _mean_alone, _public_spread)
     if shapes.mixture is not None:
         steps = (*steps, _mixture)
     fit = _Fit(Pass(source, patients), noise_multipliers, shapes, noise, part, canaries)
@@ -252,7 +299,11 @@ class _Fit:
         self.part = part(space, shapes.basis, shapes.latent_dim, shapes.mixture)
         self.full = part(space, space.spatial_shape, 1)
         self.coarse: tuple[slice, ...] = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
-        self.radius = self.full_radius = 0.0
+        # Clips: of coefficients of the basis, of all, of the coarse ones, and of those that a mixture covers.
+        self.radius = self.full_radius = self.coarse_radius = self.box_radius = 0.0
+        weights = [IMAGE_WEIGHT if space.mask_labels else 1.0, *[1.0] * (space.channels - 1)]
+        self.weights = np.asarray(weights).reshape(-1, *[1] * space.spatial_dims)
+        self.edges = COARSE_EDGES if shapes.mean_alone else RMS_EDGES  # of the first histogram
 
     def release(self, name: str, contribution: Callable[[Batch], Tensor | Grouped]) -> Array:
         multiplier = self.noise_multipliers[name]
@@ -262,17 +313,40 @@ class _Fit:
         return released
 
     def residual(self, batch: Batch) -> Tensor:
-        """Return the coefficients (B, C, *basis) of what the mean so far leaves over."""
+        """Return the coefficients (B, C, *basis) of what the mean so far leaves over, each channel times its weight."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
-        return self.part.reduce(torch.from_numpy(batch.x)) - mean
+        return self.weighted(self.part.reduce(torch.from_numpy(batch.x)) - mean)
 
     def full_residual(self, batch: Batch) -> Tensor:
         """Return the same in all coefficients (B, C, *spatial)."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
-        return self.full.reduce(torch.from_numpy(batch.x) - self.part.expand(mean))
+        return self.weighted(self.full.reduce(torch.from_numpy(batch.x) - self.part.expand(mean)))
 
-    def buckets(self, vectors: Tensor) -> Tensor:
-        return norm_buckets(torch.linalg.vector_norm(vectors.flatten(1), dim=1), self.elements)
+    def weighted(self, coefficients: Tensor) -> Tensor:
+        return coefficients * torch.as_tensor(self.weights, dtype=coefficients.dtype)
+
+    def buckets(self, vectors: Tensor, edges: Array = RMS_EDGES) -> Tensor:
+        return norm_buckets(torch.linalg.vector_norm(vectors.flatten(1), dim=1), self.elements, edges)
+
+    def overall(self) -> Array:
+        """Return the coefficients (C, *basis) of m(c) at classes of equal weight and covariates in their middle."""
+        rows = np.zeros((1, self.space.condition_width), dtype=np.float32)
+        start = 0
+        for c in self.space.conditions:
+            if c.kind == "class":
+                rows[0, start : start + c.width] = 1 / c.width
+            start += c.width
+        return np.asarray(self.part.mean_coefficients(torch.from_numpy(rows))[0].numpy(), dtype=np.float64)
+
+    def set_overall(self, residual: Array, noise_sd: float) -> None:
+        """Put the noisy mean residual (C, *basis) on top of m(c): shrunk, masks as occupancies. noise_sd: known."""
+        shell = self.shell[tuple(slice(k) for k in self.shapes.basis)]
+        change = shrink(residual[None], np.asarray([noise_sd]), shell)[0] / self.weights
+        shapes = slice(0 if self.part.two_valued else 1, None)
+        if len(change[shapes]):
+            before = self.overall()[shapes]
+            change[shapes] = smooth_occupancy(before + residual[shapes], noise_sd, self.space.spatial_shape) - before
+        self.add_overall(change)
 
     def add_overall(self, coefficients: Array) -> None:
         """Add coefficients (C, *k) to m(c) for every condition; with classes, each block carries its share."""
@@ -290,12 +364,26 @@ class _Fit:
 
 
 def _norms(fit: _Fit) -> None:
-    """Choose the clip of the centre."""
+    """Choose the first clip and, where no masks stand beside the image, whether it is a shape: then it is a mask."""
     if fit.shapes.public_clips:
-        fit.radius = PUBLIC_RMS * fit.elements**0.5
+        fit.radius = (PUBLIC_RESIDUAL_RMS if fit.shapes.mean_alone else PUBLIC_RMS) * fit.elements**0.5
         return
-    histogram = fit.release("norms", lambda b: fit.buckets(fit.residual(b)[fit.coarse]))
-    fit.radius = radius_of(histogram, fit.elements)
+    low = fit.coarse if not fit.shapes.mean_alone else ...
+    weight = 0.0 if fit.space.mask_labels else GREY_WEIGHT
+    rest = (1 - weight**2) ** 0.5
+
+    def contribution(batch: Batch) -> Tensor:
+        buckets: Tensor = fit.buckets(fit.residual(batch)[low], fit.edges)
+        if not weight:
+            return buckets
+        grey = greyness(fit.full.pixels(torch.from_numpy(batch.x))[:, 0])
+        return torch.cat([buckets * rest, grey[:, None] * weight], dim=1)
+
+    released, noise_sd = fit.release("norms", contribution), fit.noise_multipliers["norms"]
+    fit.radius = radius_of(released[: len(fit.edges) + 1] / rest, fit.elements, noise_sd / rest, fit.edges)
+    if weight:
+        grey, unsure = (float(v) / weight / fit.count for v in (released[-1], noise_sd))
+        fit.part.two_valued.fill_(unsure < TWO_VALUED / 3 and grey < TWO_VALUED)
 
 
 def _centre(fit: _Fit) -> None:
@@ -304,20 +392,65 @@ def _centre(fit: _Fit) -> None:
     released = fit.release("centre", lambda b: clip_rows(fit.residual(b)[fit.coarse].flatten(1), fit.radius))
     scale = fit.radius / fit.count
     noise_sd = np.asarray([fit.noise_multipliers["centre"] * scale])
-    fit.add_overall(shrink(released.reshape(shape) * scale, noise_sd, fit.shell[fit.coarse[2:]])[0])
+    fit.add_overall(shrink(released.reshape(shape) * scale, noise_sd, fit.shell[fit.coarse[2:]])[0] / fit.weights)
 
 
 def _residual_norms(fit: _Fit) -> None:
-    """Choose the clips of means and second moments."""
+    """Choose the clips of means and second moments: each release has that of the coefficients that it sums."""
     if fit.shapes.public_clips:
-        fit.radius = fit.full_radius = PUBLIC_RESIDUAL_RMS * fit.elements**0.5
+        fit.radius = fit.full_radius = fit.coarse_radius = fit.box_radius = PUBLIC_RESIDUAL_RMS * fit.elements**0.5
         return
+    mixture, edges = fit.part.mixture, RMS_EDGES * LOW_EDGES
+    parts = 3 if mixture is None else 4
 
     def contribution(batch: Batch) -> Tensor:
-        return torch.cat([fit.buckets(fit.residual(batch)), fit.buckets(fit.full_residual(batch))], dim=1) / 2**0.5
+        residual = fit.residual(batch)
+        low = [residual[fit.coarse]] + ([] if mixture is None else [box_of(residual, mixture.shapes)])
+        found = [fit.buckets(residual), fit.buckets(fit.full_residual(batch)), *(fit.buckets(v, edges) for v in low)]
+        scaled: Tensor = torch.cat(found, dim=1) / parts**0.5
+        return scaled
 
-    low, full = np.split(fit.release("residual_norms", contribution), 2)
-    fit.radius, fit.full_radius = radius_of(low, fit.elements), radius_of(full, fit.elements)
+    histograms = np.split(fit.release("residual_norms", contribution), parts)
+    noise_sd = fit.noise_multipliers["residual_norms"]
+    fit.radius, fit.full_radius = (radius_of(h, fit.elements, noise_sd) for h in histograms[:2])
+    low = [min(fit.radius, radius_of(h, fit.elements, noise_sd, edges)) for h in histograms[2:]]
+    fit.coarse_radius, fit.box_radius = low[0], low[-1]
+
+
+def _public_level(fit: _Fit) -> None:
+    """Start from an even grey image and no masks."""
+    level = np.zeros((fit.space.channels, *[1] * fit.space.spatial_dims))
+    level[0] = PUBLIC_LEVEL * float(np.prod(fit.space.spatial_shape)) ** 0.5
+    fit.add_overall(level)
+
+
+def _mean_alone(fit: _Fit) -> None:
+    """The overall mean, and how much brighter the image is inside each mask than outside."""
+    shape, scale = (fit.space.channels, *fit.shapes.basis), fit.radius / fit.count
+    weight = ALONE_CONTRAST_WEIGHT if fit.space.mask_labels else 0.0
+    rest = (1 - weight**2) ** 0.5
+
+    def contribution(batch: Batch) -> Tensor:
+        phi = clip_rows(fit.residual(batch).flatten(1), fit.radius)
+        contrast = clip_rows(mask_contrasts(fit.full.pixels(torch.from_numpy(batch.x))), PUBLIC_CONTRAST)
+        return torch.cat([phi * rest, contrast * weight], dim=1)
+
+    released, sigma = fit.release("means", contribution), fit.noise_multipliers["means"]
+    coefficients, contrast = np.split(released, [math.prod(shape)])
+    fit.set_overall(coefficients.reshape(shape) * scale / rest, sigma * scale / rest)
+    if fit.space.mask_labels:
+        unit = PUBLIC_CONTRAST / weight / fit.count
+        shrunk = shrink_vector(contrast * unit, sigma * unit)
+        fit.part.contrast.copy_(torch.as_tensor(shrunk, dtype=torch.float32))
+
+
+def _public_spread(fit: _Fit) -> None:
+    """Texture of the image that no scan was asked for: power that falls with the fourth power of frequency."""
+    radius = np.expm1((np.arange(SHELLS) + 0.5) / SHELLS * np.log1p(np.linalg.norm(fit.shell.shape)))
+    power = (1 + (radius / PUBLIC_CORNER) ** 2) ** -2
+    count = np.bincount(fit.shell.ravel(), minlength=SHELLS)
+    power *= PUBLIC_SPREAD**2 * fit.shell.size / (power * count).sum()
+    fit.part.spectrum[:, 0, 0] = torch.as_tensor(power, dtype=torch.float32)
 
 
 def _means(fit: _Fit) -> None:
@@ -341,9 +474,9 @@ def _means(fit: _Fit) -> None:
     operator = contrast_operator(gram.reshape(width, width) / COUNT_WEIGHT, gram_noise, conditions)
     scale = fit.radius / CONTRAST_WEIGHT
     contrasts = np.tensordot(operator, by_condition.reshape(width, *shape) * scale, axes=1)
-    contrasts = shrink(contrasts, sigma * scale * np.linalg.norm(operator, axis=1), shell)
+    contrasts = shrink(contrasts, sigma * scale * np.linalg.norm(operator, axis=1), shell) / fit.weights
     scale = fit.radius / overall_weight / fit.count
-    fit.add_overall(shrink(overall.reshape(1, *shape) * scale, np.asarray([sigma * scale]), shell)[0])
+    fit.set_overall(overall.reshape(shape) * scale, sigma * scale)
     fit.part.mean_map += torch.as_tensor(contrasts, dtype=torch.float32)
 
 
@@ -363,7 +496,7 @@ def _second(fit: _Fit) -> None:
 
     def contribution(batch: Batch) -> Tensor:
         coefficients = fit.full_residual(batch)
-        small = clip_rows(coefficients[fit.coarse].flatten(1), fit.radius)
+        small = clip_rows(coefficients[fit.coarse].flatten(1), fit.coarse_radius)
         products = small[:, upper[0]] * small[:, upper[1]] * root
         flat = clip_rows(coefficients.flatten(1), fit.full_radius).view(len(coefficients), channels, -1)
         spectra = torch.einsum("bcn,bdn,ns->bscd", flat, flat, bands).flatten(1)
@@ -371,23 +504,24 @@ def _second(fit: _Fit) -> None:
 
     released = fit.release("second", contribution)
     products, spectra = np.split(released, [upper.shape[1]])
-    scale = fit.radius**2 / second_weight / fit.count
+    scale = fit.coarse_radius**2 / second_weight / fit.count
     covariance = np.zeros((size, size))
     covariance[upper[0].numpy(), upper[1].numpy()] = products * scale / root.numpy()
     covariance += np.triu(covariance, 1).T
     noise_sd = fit.noise_multipliers["second"] * scale / 2**0.5
     directions = principal_directions(covariance, noise_sd, fit.shapes.latent_dim)
     kept = torch.as_tensor(directions, dtype=torch.float32).view(-1, channels, *fit.shapes.coarse)
+    kept = kept / torch.as_tensor(fit.weights, dtype=torch.float32)
     part.directions[(slice(len(kept)), *fit.coarse[1:])] = kept
     scale_full = fit.full_radius**2 / spectrum_weight / fit.count
     energy = spectra.reshape(SHELLS, channels, channels) * scale_full
     noise_sd = fit.noise_multipliers["second"] * scale_full
     per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
     spectrum = tame_spectra(energy / per_band[:, None, None], noise_sd / per_band)
-    part.spectrum.copy_(torch.as_tensor(spectrum, dtype=torch.float32))
-    part.contrast.copy_(
-        torch.as_tensor(mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5), dtype=torch.float32)
-    )
+    weights = fit.weights.ravel()
+    part.spectrum.copy_(torch.as_tensor(spectrum / np.outer(weights, weights), dtype=torch.float32))
+    contrast = mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5) / weights[0]
+    part.contrast.copy_(torch.as_tensor(contrast, dtype=torch.float32))
 
 
 def _mixture(fit: _Fit) -> None:
@@ -398,9 +532,13 @@ def _mixture(fit: _Fit) -> None:
     groups = mixture.weights.numel()
 
     def residuals(batch: Batch) -> Tensor:
-        return clip_rows(box_of(fit.residual(batch), mixture.shapes), fit.radius)
+        return clip_rows(box_of(fit.residual(batch), mixture.shapes), fit.box_radius)
 
     def release(name: str, contribution: Callable[[Batch], Grouped]) -> Array:
         return fit.release(name, contribution).reshape(groups, -1)
 
-    fit_mixture(mixture, residuals, fit.radius, release, fit.noise_multipliers, fit.shapes.lloyd_steps)
+    fit_mixture(mixture, residuals, fit.box_radius, release, fit.noise_multipliers, fit.shapes.lloyd_steps)
+    per_channel = torch.as_tensor(fit.weights.ravel(), dtype=torch.float32)
+    per_coefficient = per_channel.repeat_interleave(math.prod(mixture.shapes.box))
+    mixture.means.div_(per_coefficient)
+    mixture.factors.div_(per_coefficient)

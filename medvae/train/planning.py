@@ -64,9 +64,16 @@ def moment_shapes(recipe: Recipe) -> MomentShapes:
     m, latent = recipe.moments, recipe.model.latent_dim
     if m.basis_shape is None or m.coarse_shape is None or m.spectrum_weight is None or latent is None:
         raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
-    lloyd = recipe.mixture.lloyd_steps
-    clips = m.public_clips is True
-    return MomentShapes(m.basis_shape, m.coarse_shape, latent, m.spectrum_weight, mixture_shapes(recipe), lloyd, clips)
+    return MomentShapes(
+        m.basis_shape,
+        m.coarse_shape,
+        latent,
+        m.spectrum_weight,
+        mixture_shapes(recipe),
+        recipe.mixture.lloyd_steps,
+        public_clips=m.public_clips is True,
+        mean_alone=m.mean_alone is True,
+    )
 
 
 def cohort_warnings(plan: PrivacyPlan, parameters: int) -> list[str]:

@@ -12,7 +12,7 @@ from medvae.errors import ConfigError
 from medvae.nets.blocks import level_sizes
 from medvae.nets.mixture import cell_count
 from medvae.train.mixture import release_names
-from medvae.train.moments import CLIP_RELEASES
+from medvae.train.moments import ALONE, CLIP_RELEASES, COARSE_EDGES, RMS_EDGES
 from medvae.types import ImageSpace
 
 # On few patients the noise is longer than any signal (planning.cohort_warnings); on some thousands the closed form does
@@ -24,7 +24,9 @@ SGD_SHARE_SMALL, SGD_SHARE_LARGE = 0.15, 0.5
 # Shares of the closed form's budget: three cheap releases that only set clips and a centre, then the two that count.
 CLIP_SHARE, CENTRE_SHARE = 0.03, 0.08
 # Histograms whose noise is this share of their patients show nothing: clips are public constants then.
-CLIP_NOISE, HISTOGRAM_BINS = 0.5, 26
+CLIP_NOISE = 0.5
+# From this noise for each patient on, only an overall mean shows, and it gets the budget alone but for the clip.
+ALONE_NOISE, ALONE_CLIP_SHARE = 0.015, 0.1
 SECOND_SHARE_SMALL, SECOND_SHARE_LARGE = 0.2, 0.5
 # Within the second moments: a hundred patients show spectra and contrasts, but hardly a direction.
 SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE = 0.95, 0.4
@@ -33,8 +35,9 @@ MIXTURE_SHARES = {"norms": 0.02, "centre": 0.03, "residual_norms": 0.02, "means"
 CLUSTER_SHARE = 0.12
 # Eigenvalues of a component's covariance are seen down to this share of the squared clip: finer, and noise shows.
 MIXTURE_EDGE = 0.016
-# Coefficients a mixture covers, at least (fewer say less than the pooled directions do) and at most; components a cell.
-MIXTURE_SIZE, MIXTURE_MOST, COMPONENTS_MOST = 36, 144, 10
+# Cosines an axis of a mixture, at least (fewer say less than what all classes share does); coefficients and components
+# a cell, at most.
+MIXTURE_SIDE, MIXTURE_MOST, COMPONENTS_MOST = 6, 144, 10
 
 
 def _between(patients: int, small: float, large: float) -> float:
@@ -59,14 +62,18 @@ def _basis(config: MomentsConfig, space: ImageSpace) -> tuple[int, ...]:
 
 
 def _moments(
-    config: MomentsConfig, patients: int, space: ImageSpace, noise: float | None, *, sgd: bool
+    config: MomentsConfig, patients: int, space: ImageSpace, noise: float | None, *, sgd: bool, mixture: bool
 ) -> MomentsConfig:
     if not config.enabled:
         return config
+    alone = config.mean_alone
+    if alone is None:
+        alone = noise is not None and not sgd and not mixture and noise > ALONE_NOISE * patients
     clips = config.public_clips
     if clips is None:
         # The noise over a whole histogram of norms against the patients in it.
-        clips = noise is not None and noise * math.sqrt(HISTOGRAM_BINS / CLIP_SHARE) > CLIP_NOISE * patients
+        edges, part = (COARSE_EDGES, ALONE_CLIP_SHARE) if alone else (RMS_EDGES, CLIP_SHARE)
+        clips = noise is not None and noise * math.sqrt((len(edges) + 1) / part) > CLIP_NOISE * patients
     share = config.share
     if share is None:
         share = 1 - _between(patients, SGD_SHARE_SMALL, SGD_SHARE_LARGE) if sgd else 1.0
@@ -84,6 +91,7 @@ def _moments(
             "coarse_shape": coarse,
             "spectrum_weight": weight,
             "public_clips": clips,
+            "mean_alone": alone,
         }
     )
 
@@ -109,9 +117,9 @@ def _mixture(
     side = math.floor(most ** (1 / space.spatial_dims) + 1e-9)
     box = config.box or tuple(min(max(1, side), n) for n in basis)
     _check_shape("mixture.box", box, basis, "basis")
-    size = space.channels * math.prod(box)
-    if config.enabled is None and size < MIXTURE_SIZE:
+    if config.enabled is None and min(box) < MIXTURE_SIDE:
         return config.model_copy(update={"enabled": False})
+    size = space.channels * math.prod(box)
     components = config.components or int(min(COMPONENTS_MOST, max(1, room / math.sqrt(size))))
     return config.model_copy(update={"enabled": True, "box": box, "components": components})
 
@@ -149,7 +157,9 @@ def resolve(recipe: Recipe, patients: int, space: ImageSpace, noise: float | Non
     else:
         mixture = mixture.model_copy(update={"enabled": False})
     dpsgd = _dpsgd(recipe.dpsgd, patients, space, moments=recipe.moments.enabled, mixture=mixture.enabled is True)
-    moments = _moments(recipe.moments, patients, space, noise, sgd=dpsgd.enabled is True)
+    moments = _moments(
+        recipe.moments, patients, space, noise, sgd=dpsgd.enabled is True, mixture=mixture.enabled is True
+    )
     if recipe.moments.share is None and moments.share is not None and dpsgd.enabled:
         # What prior and teacher cost is taken from the closed form and from DP-SGD alike.
         moments = moments.model_copy(update={"share": moments.share * (1 - recipe.extra_share)})
@@ -172,6 +182,9 @@ def _release_shares(recipe: Recipe, patients: int) -> dict[str, float]:
         shares = {**MIXTURE_SHARES, **{name: CLUSTER_SHARE / len(clusters) for name in clusters}}
         shares = {name: share for name, share in shares.items() if name not in without}
         return {**shares, last: 1 - sum(shares.values())}
+    if recipe.moments.mean_alone:
+        clip = {name: ALONE_CLIP_SHARE for name in ALONE[:-1] if name not in without}
+        return {**clip, ALONE[-1]: 1 - sum(clip.values())}
     second = _between(patients, SECOND_SHARE_SMALL, SECOND_SHARE_LARGE)
     fixed = {"norms": CLIP_SHARE, "centre": CENTRE_SHARE, "residual_norms": CLIP_SHARE}
     fixed = {name: share for name, share in fixed.items() if name not in without}

@@ -12,9 +12,9 @@ from medvae.audit.attacks import CLOSED_FORM, Pool, control_pool, make_pool, pat
 from medvae.audit.calibrate import Calibrated, by_patient, lira, lira_online, rmia
 from medvae.audit.closed_form_attack import family, prepare
 from medvae.audit.intervals import auc
-from medvae.audit.shadow_recipe import moment_shapes
 from medvae.audit.shadows import run_shadows, splits
 from medvae.config import Recipe
+from medvae.train.planning import moment_shapes
 from medvae.train.rule import resolve
 
 RNG = np.random.default_rng

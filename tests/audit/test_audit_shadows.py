@@ -17,13 +17,14 @@ from audit_world import phantom_scans, recipe, space_of
 
 from medvae.audit.attacks import make_pool
 from medvae.audit.deep_attack import shadow_models, trainer_of
-from medvae.audit.shadow_recipe import LINEAR, ClosedForm, InMemory, closed_form, moment_shapes
+from medvae.audit.shadow_recipe import LINEAR, ClosedForm, InMemory, closed_form
 from medvae.audit.shadows import Bools, run_shadows, splits
 from medvae.audit.stacked import Batches, Schedule, Stack, take_step
 from medvae.config import MixtureConfig, Recipe
 from medvae.errors import ConfigError
 from medvae.nets.build import build_model
 from medvae.train.moments import fit_moments
+from medvae.train.planning import moment_shapes
 from medvae.train.rule import resolve
 from medvae.types import Batch
 

@@ -7,14 +7,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dctn
 
-from medvae.config import ModelConfig, MomentsConfig, Recipe
+from medvae.config import ModelConfig, MomentsConfig, Recipe, SamplingConfig
 from medvae.errors import InputError, RunError
 from medvae.nets.build import build_model, make_card, state_arrays
 from medvae.nets.linear import SHELLS, shells
+from medvae.synth.phantom import make_phantom
 from medvae.synth.sample import generate, spread_conditions
 from medvae.synth.store import read_release, write_release
-from medvae.synth.texture import draw_labels, make_texture
+from medvae.synth.texture import draw_image, draw_labels, make_texture
 from medvae.types import Condition, ImageSpace, Intensity, ModelRelease
 
 SPACE = ImageSpace(
@@ -101,3 +103,65 @@ def test_another_version_is_refused(release, tmp_path):
 def test_no_model_is_refused(tmp_path):
     with pytest.raises(RunError, match="no finished model"):
         read_release(tmp_path)
+
+
+SHAPE = ImageSpace((24, 24, 24), (1.0,) * 3, "OT", Intensity("window", 0, 255), (), ())
+
+
+def released_shapes(two_valued: bool) -> tuple[ModelRelease, np.ndarray]:
+    """A closed form without noise of phantoms' ventricles, as images of their own; and those images."""
+    made = make_phantom(3, 60, 0, size=24, scans=(1, 1))
+    images = ((made.masks == 1) | (made.images > 0.35)).astype(np.float32)
+    recipe = Recipe(
+        model=ModelConfig(latent_dim=4, channels=(4,)),
+        moments=MomentsConfig(basis_shape=(6, 6, 6)),
+        sampling=SamplingConfig(warp=0.0),
+    )
+    model = build_model(SHAPE, recipe)
+    linear = model.linear
+    linear.mean_map[0] = linear.reduce(torch.from_numpy(images[:, None])).mean(0)
+    mean = linear.expand(linear.mean_coefficients(torch.zeros(1, 0)))[0, 0].detach().numpy()
+    linear.spectrum[:, 0, 0] = torch.as_tensor(power_by_shell(images - mean))
+    linear.two_valued.fill_(two_valued)
+    return ModelRelease(state_arrays(model), make_card(SHAPE, recipe)), images
+
+
+def power_by_shell(x: np.ndarray) -> np.ndarray:
+    """The mean square of a coefficient in each shell, of scans (N, *spatial)."""
+    power = np.square(dctn(x, axes=(1, 2, 3), norm="ortho")).mean(0)
+    shell = shells(SHAPE.spatial_shape).ravel()
+    count = np.bincount(shell, minlength=SHELLS)
+    return np.bincount(shell, power.ravel(), SHELLS) / np.maximum(count, 1)
+
+
+def test_a_model_of_shapes_makes_images_of_two_values_and_of_the_released_spectrum():
+    release, images = released_shapes(two_valued=True)
+    made = generate(release, [{}] * 60, seed=0).images
+    assert set(np.unique(made)) == {0.0, 1.0}
+    assert abs(made.mean() - images.mean()) < 0.03
+    energy = [power_by_shell(x - x.mean(0)) * np.bincount(shells(SHAPE.spatial_shape).ravel()) for x in (made, images)]
+    share, expected = (e / e.sum() for e in energy)
+    # Of the variance, so much lies in other shells than it should: 0.39 with fields as smooth as masks have.
+    assert 0.5 * np.abs(share - expected).sum() < 0.2
+    grey, _ = released_shapes(two_valued=False)
+    assert len(np.unique(generate(grey, [{}], seed=0).images)) > 100
+
+
+def test_where_a_mean_alone_was_released_labels_are_its_level_set_and_tissue_is_made_up():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    p = np.exp(-0.5 * (((y - 16) / 5) ** 2 + ((x - 16) / 5) ** 2))[None].astype(np.float32)
+    spectrum = np.zeros((SHELLS, 2, 2))
+    spectrum[:, 0, 0] = 0.1
+    texture = make_texture(spectrum, np.zeros_like(spectrum), np.array([0.3]), (32, 32))
+    labels = draw_labels(p, texture, rng)
+    expected = np.where(p[0] < 0.1, 0, p[0])
+    assert abs(labels.sum() - expected.sum()) < 0.1 * expected.sum()
+    assert expected[labels == 1].min() >= expected[labels == 0].max()
+    mean = np.full((32, 32), 0.4, dtype=np.float32)
+    images = [draw_image(mean, p, labels, texture, rng) for _ in range(40)]
+    assert min(i.min() for i in images) >= 0
+    assert max(i.max() for i in images) <= 1
+    # The label is as much brighter than the level as was released, and tissue elsewhere differs from image to image.
+    assert abs(np.mean([i[labels == 1].mean() for i in images]) - 0.7) < 0.05
+    assert np.std([i[2, 2] for i in images]) > 0.1

@@ -18,7 +18,7 @@ from medvae.nets.mixture import MixturePart, MixtureShapes, cell_count, cell_of
 from medvae.train import mixture, moments
 from medvae.train.mixture import Grouped, release_names
 from medvae.train.moments import MomentShapes, fit_moments, grouped_sum
-from medvae.train.planning import make_plan
+from medvae.train.planning import make_plan, moment_shapes
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
 SPACE = ImageSpace((16, 16), (1.0, 1.0), "XR", Intensity("window", 0, 1), (Condition("kind", "class", ("a", "b")),))
@@ -178,12 +178,22 @@ def test_clips_come_from_constants_where_a_histogram_would_be_all_noise():
     def plan(patients: int, epsilon: float):
         return make_plan(patients, SPACE, build(TrainConfig, dp_epsilon=epsilon))
 
-    few, many = plan(100, 1), plan(100, 8)
+    few, alone, many = plan(100, 0.5), plan(100, 1), plan(100, 8)
     assert few.recipe.moments.public_clips is True
-    assert many.recipe.moments.public_clips is False
-    assert {m.name for m in few.privacy.mechanisms} == {"centre", "means", "second"}
+    assert alone.recipe.moments.public_clips is many.recipe.moments.public_clips is False
+    assert [m.name for m in few.privacy.mechanisms] == ["means"]
+    assert [m.name for m in alone.privacy.mechanisms] == ["norms", "means"]
+    assert len(many.privacy.mechanisms) == 5
     # What the histograms would have cost goes to the others: all of epsilon is used.
-    assert few.privacy.epsilon == pytest.approx(1, rel=0.01)
+    assert few.privacy.epsilon == pytest.approx(0.5, rel=0.01)
+    assert alone.privacy.epsilon == pytest.approx(1, rel=0.01)
+
+
+def test_all_that_a_plan_charges_is_released_and_nothing_else():
+    for patients, epsilon, masks in ((100, 0.5, ()), (100, 1, (1,)), (100, 8, (1,)), (9_000, 8, ())):
+        plan = make_plan(patients, replace(SPACE, mask_labels=masks), build(TrainConfig, dp_epsilon=epsilon))
+        charged = [m.name for m in plan.privacy.mechanisms if m.name != "dpsgd"]
+        assert charged == list(moment_shapes(plan.recipe).releases)
 
 
 def test_public_clips_bound_a_patient_as_the_histograms_do():

@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvae.dp.noise import seeded_noise
+from medvae.nets.linear import LinearPart, shells
 from medvae.nets.mixture import MixtureShapes
+from medvae.synth.phantom import make_phantom
 from medvae.train import denoise, moments
 from medvae.train.moments import RELEASES, MomentShapes, Pass, clip_rows, fit_moments, noisy_sum, patient_average
+from medvae.train.occupancy import smooth_occupancy
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
 SPACE = ImageSpace(
@@ -26,13 +29,15 @@ SPACE = ImageSpace(
 )
 SHAPES = MomentShapes(basis=(6, 5), coarse=(3, 3), latent_dim=3, spectrum_weight=0.5)
 MIXED = replace(SHAPES, mixture=MixtureShapes(components=3, box=(3, 2)), lloyd_steps=2)
+LONE = replace(SHAPES, mean_alone=True)
+ALL_SHAPES = [SHAPES, MIXED, LONE, replace(LONE, public_clips=True)]
 
 
 class Source:
     """An in-memory cohort with the store's interface."""
 
-    def __init__(self, x, condition, patient):
-        self.x, self.condition, self.patient, self.space = x, condition, patient, SPACE
+    def __init__(self, x, condition, patient, space=SPACE):
+        self.x, self.condition, self.patient, self.space = x, condition, patient, space
 
     def rows(self, patients):
         return np.nonzero(np.isin(self.patient, patients))[0]
@@ -51,7 +56,7 @@ class Silent:
         return np.zeros(n)
 
 
-def cohort(seed: int, patients: int = 12, extreme: bool = False) -> Source:
+def cohort(seed: int, patients: int = 12, extreme: bool = False, masks: bool = True) -> Source:
     rng = np.random.default_rng(seed)
     patient = np.repeat(np.arange(patients), rng.integers(1, 5, patients))
     count = len(patient)
@@ -60,15 +65,17 @@ def cohort(seed: int, patients: int = 12, extreme: bool = False) -> Source:
     x = (rng.random((count, 2, 12, 10)) * scale[:, None, None, None]).astype(np.float32)
     kind = np.eye(2)[rng.integers(0, 2, count)]
     condition = np.concatenate([kind, rng.uniform(-1, 1, (count, 1))], axis=1).astype(np.float32)
-    return Source(x, condition, patient)
+    if masks:
+        return Source(x, condition, patient)
+    return Source(x[:, :1], condition, patient, replace(SPACE, mask_labels=()))
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([SHAPES, MIXED]))
-def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme, shapes):
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.booleans(), st.booleans(), st.sampled_from(ALL_SHAPES))
+def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme, masks, shapes):
     # Each release is checked given the outputs of the earlier ones, as adaptive composition asks: the contribution
     # functions of one run are replayed on the neighbouring cohort.
-    source = cohort(seed, extreme=extreme)
+    source = cohort(seed, extreme=extreme, masks=masks)
     everyone = np.unique(source.patient)
     worst: list[float] = []
     original = moments.noisy_sum
@@ -148,8 +155,6 @@ def test_without_noise_the_conditional_means_are_the_class_means():
         np.concatenate([np.eye(2)[kind], np.zeros((patients, 1))], axis=1).astype(np.float32),
         np.arange(patients),
     )
-    from medvae.nets.linear import LinearPart
-
     basis = LinearPart(SPACE, SHAPES.basis, 1)
     smooth = basis.expand(basis.reduce(torch.tensor(pattern, dtype=torch.float32)))
     part_source.x = (smooth.numpy()[kind] + 0.01 * rng.standard_normal((patients, 2, 12, 10))).astype(np.float32)
@@ -194,3 +199,98 @@ def test_tamed_spectra_fall_with_frequency_and_are_covariances():
     assert np.linalg.eigvalsh(tamed).min() > -1e-9
     power = np.einsum("scc->sc", tamed)
     assert (np.diff(power, axis=0) <= 1e-6 + 0.05 * power[:-1]).all()
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("shapes", ALL_SHAPES)
+def test_all_but_the_releases_is_post_processing(monkeypatch, shapes, masks):
+    """Other scans under the same released numbers: the same model, bit by bit."""
+    first, other = cohort(1, masks=masks), cohort(2, masks=masks)
+    released: list[np.ndarray] = []
+    original = moments.noisy_sum
+
+    def record(*args):
+        released.append(original(*args))
+        return released[-1]
+
+    noise = dict.fromkeys(shapes.releases, 0.3)
+    monkeypatch.setattr(moments, "noisy_sum", record)
+    expected = fit_moments(first, np.arange(12), noise, shapes, noise=seeded_noise(0))
+    replayed = iter(released)
+    monkeypatch.setattr(moments, "noisy_sum", lambda *_: next(replayed))
+    found = fit_moments(other, np.arange(12), noise, shapes, noise=seeded_noise(1))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+
+
+def shapes_of(patients: int, grey: float, seed: int = 0) -> Source:
+    """Discs of many sizes: ones on zeros, or as grey as that."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:12, :10]
+    radius = rng.uniform(2, 4, patients)[:, None, None]
+    images = ((y - 5.5) ** 2 + (x - 4.5) ** 2 < radius**2).astype(np.float32)
+    images = images * (1 - grey) + grey * 0.5
+    condition = np.concatenate([np.eye(2)[rng.integers(0, 2, patients)], np.zeros((patients, 1))], axis=1)
+    return Source(images[:, None], condition.astype(np.float32), np.arange(patients), replace(SPACE, mask_labels=()))
+
+
+@pytest.mark.parametrize(("grey", "sigma", "found"), [(0.0, 5.0, True), (0.6, 5.0, False), (0.0, 100.0, False)])
+def test_whether_images_are_shapes_is_read_off_a_charged_release(grey, sigma, found):
+    """Two-valued or grey, at little noise; and where the noise hides it, the answer is no."""
+    noise = {**dict.fromkeys(SHAPES.releases, 1.0), "norms": sigma}
+    part = fit_moments(shapes_of(400, grey), np.arange(400), noise, SHAPES, noise=seeded_noise(3))
+    assert bool(part.two_valued) is found
+
+
+def test_the_answer_follows_the_released_number_and_not_the_scans(monkeypatch):
+    original = moments.noisy_sum
+
+    def planted(*args):
+        out = original(*args)
+        if args[4] == "norms":
+            out[-1] = 400.0
+        return out
+
+    monkeypatch.setattr(moments, "noisy_sum", planted)
+    noise = dict.fromkeys(SHAPES.releases, 1.0)
+    part = fit_moments(shapes_of(400, 0.0), np.arange(400), noise, SHAPES, noise=seeded_noise(3))
+    assert not bool(part.two_valued)
+
+
+def test_a_mean_alone_finds_masks_and_how_bright_they_are():
+    source = shapes_of(400, 0.0)
+    mask = source.x
+    source.space, source.x = SPACE, np.concatenate([0.3 + 0.2 * mask, mask], axis=1)
+    part = fit_moments(source, np.arange(400), dict.fromkeys(LONE.releases, 1.0), LONE, noise=seeded_noise(0))
+    mean = part.expand(part.mean_coefficients(torch.from_numpy(source.condition[:1])))[0].detach().numpy()
+    assert np.corrcoef(mean[1].ravel(), mask.mean((0, 1)).ravel())[0, 1] > 0.95
+    assert float(part.contrast[0]) == pytest.approx(0.2, abs=0.05)
+
+
+def test_occupancies_are_nearer_to_the_mean_masks_than_band_shrinkage():
+    """Phantoms in 3D, noise from a little to more than the signal: the error against the true mean masks."""
+    made = make_phantom(3, 40, 1, size=24, scans=(1, 1))
+    true = np.stack([(made.masks == label).mean(0) for label in (1, 2)]).astype(np.float32)
+    space = ImageSpace((24, 24, 24), (1.0,) * 3, "MR", Intensity("percentile", 1, 99), (), (1, 2))
+    part = LinearPart(space, (7, 7, 7), 1)
+    x = np.concatenate([np.zeros_like(true[:1]), true])[None]
+    signal = part.reduce(torch.from_numpy(x))[0, 1:].double().numpy()
+    shell, rng = shells(space.spatial_shape)[:7, :7, :7], np.random.default_rng(0)
+    for share, better in ((0.3, 0.6), (0.6, 0.6), (1.0, 0.7), (2.0, 1.0)):
+        noise_sd = share * np.sqrt(np.square(signal).mean())
+        error = np.zeros(2)
+        for _ in range(3):
+            noisy = signal + noise_sd * rng.standard_normal(signal.shape)
+            plain = denoise.shrink(noisy[None], np.asarray([noise_sd]), shell)[0]
+            ours = smooth_occupancy(noisy, noise_sd, space.spatial_shape)
+            error += [np.square(found - signal).sum() for found in (ours, plain)]
+        assert error[0] < better * error[1], share
+
+
+def test_occupancies_without_noise_are_the_means():
+    x = np.zeros((1, 24, 20))
+    x[0] = np.exp(-0.5 * ((np.arange(24)[:, None] - 12) ** 2 / 16 + (np.arange(20) - 9) ** 2 / 9)) * 0.9
+    basis = LinearPart(replace(SPACE, spatial_shape=(24, 20)), (9, 8), 1)
+    signal = basis.reduce(torch.as_tensor(np.stack([x[0], x[0]])[None], dtype=torch.float32))[0, 1:].double().numpy()
+    found = smooth_occupancy(signal, 0.0, (24, 20))
+    assert np.linalg.norm(found - signal) < 0.05 * np.linalg.norm(signal)
