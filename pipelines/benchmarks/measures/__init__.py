@@ -1,7 +1,23 @@
 """The measurements of family.py, one module each."""
 
 from measures.anomaly import DISEASE, FAULTY, TEXTURE
+from measures.augmentation import AUGMENTATION
 from measures.disentanglement import DISENTANGLEMENT
+from measures.downstream import DENOISING, LABELS, USES
 from measures.reconstruction import RECONSTRUCTION
+from measures.variants import ATTENTION, GAN, SRL
 
-MEASURES = (RECONSTRUCTION, DISEASE, FAULTY, TEXTURE, DISENTANGLEMENT)
+MEASURES = (
+    RECONSTRUCTION,
+    DISEASE,
+    FAULTY,
+    TEXTURE,
+    DISENTANGLEMENT,
+    AUGMENTATION,
+    DENOISING,
+    USES,
+    LABELS,
+    ATTENTION,
+    SRL,
+    GAN,
+)

@@ -31,7 +31,7 @@ def run(case: Case, seed: int, work: Work) -> dict[str, float]:
         "residual_units": 0,
         "beta": float(case["beta"]),
     }
-    steps = {"enabled": True, "steps": 400, "sample_rate": 0.016, "learning_rate": 4e-3, "average_decay": 0.9}
+    steps = {"enabled": True, "steps": 250, "sample_rate": 0.016, "learning_rate": 5e-3, "average_decay": 0.9}
     if case["epsilon"] != "none":
         steps |= {"steps": 100, "sample_rate": 0.06, "learning_rate": 3e-3}
     fitted = fit(folder, {"model": model, "moments": {"enabled": False}, "dpsgd": steps}, case["epsilon"], seed)
@@ -98,7 +98,7 @@ DISENTANGLEMENT = Measure(
     "disentanglement",
     "Disentanglement by beta",
     f"Phantoms of 32x32 pixels, one soft ellipse each, with independent {', '.join(FACTORS)}; 4,000 to train on, 1,000 "
-    f"to score; {CODES} codes, no closed form, 400 steps (epsilon 8: 100 larger ones). DCI: disentanglement, "
+    f"to score; {CODES} codes, no closed form, 250 steps (epsilon 8: 100 larger ones). DCI: disentanglement, "
     "completeness, informativeness.",
     (*({"beta": b, "epsilon": "none"} for b in ("1", "2", "4", "8", "16")), {"beta": "4", "epsilon": "8"}),
     run,
