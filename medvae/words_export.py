@@ -25,7 +25,11 @@ def export(result: Mapping[str, Any], out: Path) -> list[str]:
     """What was written, of which kind, and how to use it."""
     if result["formats"] == ["bundle"]:
         return bundle(result, out)
-    lines = [*words.release(dict(result), out)[:-2], f"{out}: {result['bytes'] / 1e6:.2f} MB"]
+    said = words.release({**result, "override": None}, out)[:-2]
+    if result["override"] is not None:
+        said += [f"OVERRIDDEN: {line}" for line in result["override"]["overridden"]]
+        said.append(f"reason, told in the file: {result['override']['reason']}")
+    lines = [*said, f"{out}: {result['bytes'] / 1e6:.2f} MB, not signed"]
     if result["formats"] == ["onnx"]:
         return [*lines, f"onnxruntime decodes as torch does, to {result['max_abs_error']:.1e}"]
     return [*lines, "open it in a browser: nothing is loaded from outside"]

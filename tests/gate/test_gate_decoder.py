@@ -20,6 +20,7 @@ from medvae import api_export, cli_run
 from medvae.config import CanaryConfig, ModelConfig, MomentsConfig, Recipe, ReleaseConfig
 from medvae.errors import ConfigError, NotReleasable, RunError
 from medvae.gate.decoder import export_decoder
+from medvae.gate.shareable import require_shareable
 from medvae.nets.build import build_model, make_card, state_arrays
 from medvae.synth.store import read_release
 from medvae.synth.write_onnx import decoder_of
@@ -113,9 +114,8 @@ def page(flat: Path) -> Path:
 def test_the_onnx_file_is_the_released_decoder_with_its_claim(flat: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("MEDVAE_TRACKING", "off")
     out = tmp_path / "new" / "model.onnx"
-    assert (
-        cli_run.run(["export", "onnx", str(flat), "-o", str(out), "--report", str(flat.parent / "report"), "--json"]) == 0
-    )
+    report = str(flat.parent / "report")
+    assert cli_run.run(["export", "onnx", str(flat), "-o", str(out), "--report", report, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["max_abs_error"] < 1e-5
     assert said["bytes"] == out.stat().st_size < 100_000
@@ -145,6 +145,14 @@ def test_the_gate_is_asked_first(flat: Path, tmp_path: Path) -> None:
         with pytest.raises(NotReleasable, match="no audit of this run was found"):
             export_decoder(kind, flat, tmp_path / "x", ReleaseConfig())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_walk_is_refused_with_the_ways_that_it_has(flat: Path) -> None:
+    with pytest.raises(NotReleasable) as refused:
+        require_shareable(flat, None)
+    assert "medvae audit RUN -o REPORT" in str(refused.value)
+    assert "--private" in str(refused.value)
+    assert not re.search("--report|--override", str(refused.value))
 
 
 def test_an_override_is_told_in_the_file(flat: Path, tmp_path: Path) -> None:
