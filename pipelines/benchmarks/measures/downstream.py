@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -22,10 +23,9 @@ from medvae.latent.cluster import cluster
 from medvae.latent.corrupt import corrupt
 from medvae.latent.restore import BASELINES, psnr, ssim
 from medvae.vault.ingest import ingest
-from medvae.vault.store import open_cohort
 
 CODES, DENOISED = 16, 200
-DIGITS, LABELLED = 2000, 50
+SCANS, LABELLED = 2000, 50
 
 
 def run_codes(case: Case, seed: int, work: Work) -> dict[str, float]:
@@ -75,31 +75,31 @@ def run_denoising(case: Case, seed: int, work: Work) -> dict[str, float]:
 
 
 def run_labels(case: Case, seed: int, work: Work) -> dict[str, float]:
-    """Return the accuracy on held-out digits of a classifier that has 50 labels."""
-    arrays = mnist_part(work.data, work.out, seed, DIGITS, 1000)
-    held, truth = arrays["test_images"] / np.float32(255), arrays["test_labels"]
-    known, label = arrays["train_images"][:LABELLED] / np.float32(255), arrays["train_labels"][:LABELLED]
+    """Return the balanced accuracy on the validation images of a classifier that has 50 labels."""
+    arrays, rng = pneumonia(work.data), np.random.default_rng(seed)
+    kept = rng.permutation(len(arrays["train_images"]))[:SCANS]
+    images, labels = (arrays[f"train_{kind}"][kept] for kind in ("images", "labels"))
+    held, truth = (arrays["test_images"] / 255).astype(np.float32), arrays["test_labels"]
     if case["classifier"] == "logistic regression":
-        judge = LogisticRegression(max_iter=300).fit(known.reshape(LABELLED, -1), label)
-        return {"accuracy": float(judge.score(held.reshape(len(held), -1), truth))}
-    scans = LABELLED if case["classifier"] == "its classifier, 50 scans alone" else DIGITS
-    folder = work.out / "cohorts" / f"digits-{scans}-{seed}"
+        judge = LogisticRegression(max_iter=300, class_weight="balanced")
+        judge.fit(images[:LABELLED].reshape(LABELLED, -1) / 255, labels[:LABELLED])
+        return {"balanced accuracy": float(balanced_accuracy_score(truth, judge.predict(held.reshape(len(held), -1))))}
+    folder = work.out / "cohorts" / f"few-labels-{seed}"
     if not folder.exists():
-        _write(work.out / "sources" / folder.name, arrays["train_images"][:scans], arrays["train_labels"])
-        options: dict[str, Any] = {"conditions": ("digit=" + "|".join("0123456789") + "|missing",), "holdout": 0.0}
-        ingest(work.out / "sources" / folder.name, folder, build(IngestConfig, **options, missing="class"))
-    store = open_cohort(folder).reveal()
-    fitted = fit(folder, network(case["epsilon"], {"semi_supervised": True}, scans), case["epsilon"], seed)
+        source = work.out / "sources" / folder.name
+        _write(source, images, labels)
+        options: dict[str, Any] = {"conditions": ("finding=0|1|missing",), "missing": "class", "holdout": 0.0}
+        ingest(source, folder, build(IngestConfig, **options, intensity="display"))
+    model = fit(folder, network(case["epsilon"], {"semi_supervised": True}, SCANS), case["epsilon"], seed).model
     with torch.inference_mode():
-        guess = fitted.model.label_probabilities(torch.from_numpy(held[:, None].astype(np.float32))).argmax(1).numpy()
-    classes = [int(c) for c in store.space.conditions[0].classes if c != "missing"]
-    return {"accuracy": float((np.asarray(classes)[guess] == truth).mean())}
+        guess = model.label_probabilities(torch.from_numpy(held[:, None])).argmax(1).numpy()
+    return {"balanced accuracy": float(balanced_accuracy_score(truth, guess))}
 
 
 def _write(folder: Path, images: Images, labels: Images) -> None:
     """Write images as PNG with a table, in which all but the first labels are missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = ["patient_id,file,digit"]
+    rows = ["patient_id,file,finding"]
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i}.png")
         rows.append(f"{i},{i}.png,{labels[i] if i < LABELLED else ''}")
@@ -140,16 +140,11 @@ DENOISING = Measure(
 LABELS = Measure(
     "labels",
     f"Semi-supervised (M2) against supervised at {LABELLED} labels",
-    f"MNIST, {DIGITS:,} digits of which {LABELLED} have a label, 250 steps of 64 (epsilon 8: 80 of an eighth); "
-    "accuracy on 1,000 test digits. The supervised rivals see the labelled digits alone.",
+    f"PneumoniaMNIST, {SCANS:,} images of which {LABELLED} have a label; 250 steps of 64 (epsilon 8: 80 of an eighth). "
+    "Balanced accuracy on the 524 validation images. Logistic regression sees the pixels of the labelled images alone.",
     tuple(
         {"classifier": name, "epsilon": epsilon}
-        for name, epsilon in (
-            ("logistic regression", "none"),
-            ("its classifier, 50 scans alone", "none"),
-            ("M2", "none"),
-            ("M2", "8"),
-        )
+        for name, epsilon in (("logistic regression", "none"), ("M2", "none"), ("M2", "8"))
     ),
     run_labels,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from scipy import stats
 
 from measures.cells import Measure, read_cells
 
+WIDTH = 120
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -39,10 +41,9 @@ def _table(measure: Measure, cells: list[dict[str, Any]]) -> str:
         figures = [interval([c["figures"][n] for c in found if n in c["figures"]], measure.digits) for n in names]
         lines.append("| " + " | ".join([*case.values(), *figures, str(len(found))]) + " |")
     seeds = ",".join(str(s) for s in sorted({c["seed"] for c in cells}))
-    command = f"`python pipelines/benchmarks/family.py --rows {measure.name} --seeds {seeds} --out results`"
-    minutes = sum(c["cpu_s"] for c in cells) / 60
-    text = f"{measure.text} {command}: {minutes:.0f} CPU minutes." if minutes >= 1 else f"{measure.text} {command}."
-    return "\n".join([f"### {measure.title}", "", text, "", *lines])
+    command = f"python pipelines/benchmarks/family.py --rows {measure.name} --seeds {seeds} --out results"
+    text = textwrap.fill(f"{measure.text} CPU minutes: {sum(c['cpu_s'] for c in cells) / 60:.1f}.", WIDTH)
+    return "\n".join([f"### {measure.title}", "", text, "", *lines, "", "```console", f"$ {command}", "```"])
 
 
 def interval(values: Sequence[float], digits: int) -> str:
