@@ -238,7 +238,7 @@ def read_stack(
         images = [_image(frame, rules) for frame in ordered]
     if len({image.shape for image in images}) > 1:
         raise Unusable("slices of different size or spacing")
-    stack = np.stack([image.T for image in images], axis=-1)
+    stack = np.stack(images).T  # as it lies in memory: turning it around costs more than decoding did
     if where.straight is not None:
         stack = straighten(stack, where.straight)
     if mask is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +33,7 @@ def open_dataset(
         check_dataset(path, rules)
         with nullcontext(stream) if stream is not None else path.open("rb") as opened:
             ds = pydicom.dcmread(
-                opened, stop_before_pixels=not pixels, specific_tags=list(tags),
+                opened, stop_before_pixels=not pixels, specific_tags=_numbers(tuple(tags)),
                 force=path.name.lower().endswith(BY_NAME),
             )  # fmt: skip
         bare = not ds.preamble
@@ -56,3 +57,11 @@ def open_dataset(
     except Exception:  # pydicom raises many kinds on foreign bytes, all of them about this one file
         raise Unusable("unreadable file") from None
     return ds
+
+
+@cache
+def _numbers(names: tuple[str, ...]) -> list[Any]:
+    """Return tags by keyword: looked up once, and not for every file."""
+    from pydicom.tag import Tag
+
+    return [Tag(name) for name in names]

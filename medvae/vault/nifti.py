@@ -124,4 +124,4 @@ def _gray(array: Array) -> FloatArray:
 def _plain(array: Array) -> FloatArray:
     """Return float32, whatever the numbers were: beyond its range they become infinite, which is refused later."""
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return array.astype(np.float32, order="K")

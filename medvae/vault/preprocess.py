@@ -58,7 +58,7 @@ def prepare(volume: Volume, grid: Grid) -> Prepared:
     channels = [_scale(array, grid.intensity)]
     if mask is not None:
         channels.append(_as_labels(mask))
-    labels = frozenset(int(v) for v in np.unique(channels[1]) if v) if mask is not None else frozenset()
+    labels = _present(channels[1]) if mask is not None else frozenset()
     voxel_mm: tuple[float, ...] | None = None
     if volume.affine is not None:
         channels, voxel_mm = _orient(channels, volume.affine)
@@ -92,20 +92,26 @@ def _check_mask(volume: Volume) -> None:
 
 
 def _as_labels(mask: npt.NDArray[Any]) -> FloatArray:
-    values = np.asarray(mask, dtype=np.float64)
-    rounded = np.rint(values)
-    if not np.isfinite(values).all() or np.abs(values - rounded).max() > 1e-3:
+    rounded = np.rint(mask)
+    if not np.isfinite(mask).all() or np.abs(mask - rounded).max() > 1e-3:
         raise CohortError("a mask holds values that are not whole numbers: give label maps, not probabilities")
     if rounded.min() < 0 or rounded.max() > MAX_LABEL:
         raise CohortError(f"a mask holds labels outside 0 to {MAX_LABEL}: number the labels anew")
-    return rounded.astype(np.float32)
+    return np.asarray(rounded, dtype=np.float32)
+
+
+def _present(labels: FloatArray) -> frozenset[int]:
+    """Return the labels above 0 that occur."""
+    counts = np.bincount(labels.ravel(order="K").astype(np.uint8), minlength=MAX_LABEL + 1)
+    return frozenset(int(v) for v in np.flatnonzero(counts) if v)
 
 
 def _scale(array: FloatArray, intensity: Intensity) -> FloatArray:
     """Scale to [0, 1] by a public window in raw units, or by percentiles of this scan."""
     low, high = intensity.low, intensity.high
     if intensity.mode == "percentile":
-        low, high = (float(v) for v in np.percentile(array, (intensity.low, intensity.high)))
+        ends = (intensity.low, intensity.high)
+        low, high = (float(v) for v in np.percentile(array.ravel(order="K"), ends))
         if not low < high:
             # Nearly all voxels are alike, as in a binary volume: the scan's whole range is the honest window.
             low, high = float(array.min()), float(array.max())
@@ -157,11 +163,24 @@ def _resample(array: FloatArray, grid: Grid, voxel_mm: tuple[float, ...] | None,
     if array.shape == grid.shape:
         return array
     if labels:
-        return _first(Resize(grid.shape, mode="nearest-exact")(array[None]))
+        return _resize(array, grid.shape, "nearest-exact")
     if all(new <= old for new, old in zip(grid.shape, array.shape, strict=True)):
-        return _first(Resize(grid.shape, mode="area")(array[None]))
+        return _resize(array, grid.shape, "area")
     linear = "bilinear" if array.ndim == 2 else "trilinear"
     return _first(Resize(grid.shape, mode=linear, anti_aliasing=True)(array[None]))
+
+
+def _resize(array: FloatArray, shape: tuple[int, ...], mode: str) -> FloatArray:
+    """Resize as MONAI's Resize does, with the axes in the order in which they lie in memory.
+
+    No axis is special to these modes, and turning a large scan around takes longer than the rest.
+    """
+    import torch
+
+    order = np.argsort([-abs(step) for step in array.strides], kind="stable")
+    lying = torch.from_numpy(np.ascontiguousarray(array.transpose(order)))
+    small = torch.nn.functional.interpolate(lying[None, None], size=[shape[axis] for axis in order], mode=mode)
+    return small[0, 0].numpy().transpose(np.argsort(order))
 
 
 def _respace(array: FloatArray, spacing_mm: tuple[float, ...], voxel_mm: tuple[float, ...], labels: bool) -> FloatArray:
