@@ -35,6 +35,12 @@ def split(store: CohortStore, name: str) -> Batch:
     return store.load(store.rows(store.patients(name)))
 
 
+def rows_of(batch: Batch, images: Images) -> npt.NDArray[np.int64]:
+    """Return where in `images` (N, *spatial), in [0, 1], each scan came from: a cohort has an order of its own."""
+    a, b = (x.reshape(len(x), -1).astype(np.float32) for x in (batch.x[:, 0], images))
+    return np.asarray((np.square(b).sum(1) - 2 * a @ b.T).argmin(1), dtype=np.int64)
+
+
 def mnist(data: Path, work: Path) -> dict[str, Images]:
     """Return MNIST's four arrays."""
     npz = work / "sources" / "mnist.npz"

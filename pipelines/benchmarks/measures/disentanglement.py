@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from measures.cells import Case, Measure, Work
-from measures.data import FACTORS, cohort, factor_phantoms, split
+from measures.data import FACTORS, cohort, factor_phantoms, rows_of, split
 from measures.training import fit, means, rebuilt
 
 Floats = npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ def run(case: Case, seed: int, work: Work) -> dict[str, float]:
         steps |= {"steps": 100, "sample_rate": 0.06, "learning_rate": 3e-3}
     fitted = fit(folder, {"model": model, "moments": {"enabled": False}, "dpsgd": steps}, case["epsilon"], seed)
     held = split(store, "holdout")
-    codes = means(fitted.model, held).astype(np.float64)
+    codes, factors = means(fitted.model, held).astype(np.float64), factors[rows_of(held, test)]
     error = float(np.square(rebuilt(fitted.model, held) - held.x[:, 0]).mean())
     return {"MIG": mig(codes, factors), "SAP": sap(codes, factors), **dci(codes, factors), "MSE x 1000": 1000 * error}
 

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from measures.cells import Case, Measure, Work
-from measures.data import Images, cohort, mnist_part, pneumonia, split
+from measures.data import Images, cohort, mnist_part, pneumonia, rows_of, split
 from measures.reconstruction import recipe as reconstruction_recipe
 from measures.training import fit, means, network, rebuilt
 from medvae.config import IngestConfig, build
@@ -43,7 +43,10 @@ def run_codes(case: Case, seed: int, work: Work) -> dict[str, float]:
         )
         model = fit(folder, pipeline, case["epsilon"], seed).model
         found = [means(model, b) for b in (train, test)]
-    labels = [arrays["train_labels"][: len(train.x)], arrays["test_labels"][: len(test.x)]]
+    labels = [
+        arrays[f"{part}_labels"][rows_of(batch, arrays[f"{part}_images"] / 255)]
+        for part, batch in (("train", train), ("test", test))
+    ]
     agreement = cluster(found[1].astype(np.float32), 10, {"digit": labels[1].astype(str).tolist()}, seed).agreement
     probes = {f"probe, {share:.0%}": _probe(found, labels, share) for share in (0.01, 0.1, 1.0)}
     return {"NMI": agreement["digit"]["nmi"], "ARI": agreement["digit"]["ari"], **probes}
@@ -88,8 +91,14 @@ def run_labels(case: Case, seed: int, work: Work) -> dict[str, float]:
     if not folder.exists():
         source = work.out / "sources" / folder.name
         _write(source, images, labels)
-        options: dict[str, Any] = {"conditions": ("finding=0|1|missing",), "missing": "class", "holdout": 0.0}
-        ingest(source, folder, build(IngestConfig, **options, intensity="display"))
+        options: dict[str, Any] = {
+            "conditions": ("finding=0|1|missing",),
+            "missing": "class",
+            "holdout": 0.0,
+            "shape": (28, 28),
+        }
+        options |= {"intensity": "window", "intensity_low": 0.0, "intensity_high": 255.0}
+        ingest(source, folder, build(IngestConfig, **options))
     model = fit(folder, network(case["epsilon"], {"semi_supervised": True}, SCANS), case["epsilon"], seed).model
     with torch.inference_mode():
         guess = model.label_probabilities(torch.from_numpy(held[:, None])).argmax(1).numpy()
