@@ -46,7 +46,11 @@ def frechet(mean_a: Floats, factor_a: Floats, mean_b: Floats, factor_b: Floats) 
 
 
 def frechet_distance(a: Group, b: Group, confidence: float, replicates: int, rng: np.random.Generator) -> Estimate:
-    """Return the squared Fréchet distance of two groups (Heusel et al. 2017), with a bootstrap over patients."""
+    """Return the squared Fréchet distance of two groups (Heusel et al. 2017), with a bootstrap over patients.
+
+    The interval is about its average on this many scans. With few scans that lies above the distance of the two laws,
+    so it is read beside the distance between two groups of real patients, which is raised likewise.
+    """
     value = frechet(*gaussian_of(a.features, np.ones(len(a))), *gaussian_of(b.features, np.ones(len(b))))
     weights = zip(patient_weights(a.patient, replicates, rng), patient_weights(b.patient, replicates, rng), strict=True)
     draws = [frechet(*gaussian_of(a.features, u), *gaussian_of(b.features, v)) for u, v in weights]
