@@ -76,7 +76,7 @@ def distance(a: Path, b: Path) -> float:
     """Largest difference of any weight, over the largest weight of its kind."""
     left, right = weights(a), weights(b)
     assert left.keys() == right.keys()
-    pairs = [(left[k], right[k]) for k in left if left[k].size]
+    pairs = [(left[k].astype(np.float64), right[k].astype(np.float64)) for k in left if left[k].size]
     return max(float(np.abs(a - b).max() / max(1e-3, np.abs(a).max())) for a, b in pairs)
 
 
