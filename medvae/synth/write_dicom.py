@@ -29,6 +29,7 @@ def write_dicom(
     `cohort.notes["body_part"]` may name the body part. Raises RunError where FOLDER/dicom is not empty.
     """
     from medvae.synth import dicom_objects as objects
+    from medvae.synth.dicom_encode import write_series
     from medvae.synth.dicom_seg import segmentation
 
     space = cohort.space
@@ -47,14 +48,15 @@ def write_dicom(
             who = objects.Subject(name, ISSUER, _comment(row), **_demographics(row))
             grid = objects.grid_of(codes(image, scale), space.spacing_mm)
             images = objects.image_objects(grid, scale, space.modality, who, origin)
-            files = {f"IM{n + 1:04d}.dcm": d for n, d in enumerate(images)}
+            files = {out / name / f"IM{n + 1:04d}.dcm": d for n, d in enumerate(images)}
+            (out / name).mkdir()
+            write_series(files)
+            written += [f"dicom/{name}/{file.name}" for file in files]
             if cohort.masks is not None:
                 frames = objects.grid_of(cohort.masks[i], space.spacing_mm).frames
-                files["SEG.dcm"] = segmentation(images, frames, space.mask_labels, who, origin)
-            (out / name).mkdir()
-            for file, dataset in files.items():
-                dataset.save_as(out / name / file, enforce_file_format=True)
-            written += [f"dicom/{name}/{file}" for file in files]
+                mask = segmentation(images, frames, space.mask_labels, who, origin)
+                mask.save_as(out / name / "SEG.dcm", enforce_file_format=True)
+                written.append(f"dicom/{name}/SEG.dcm")
             if progress is not None:
                 progress(i + 1, len(cohort))
     return written

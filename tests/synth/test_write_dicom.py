@@ -265,3 +265,32 @@ def test_progress_counts_scans_and_body_part_may_be_told(tmp_path, make_cohort):
     paths = write_dicom(cohort, tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert pydicom.dcmread(tmp_path / paths[0]).BodyPartExamined == "HEAD"
+
+
+@pytest.mark.parametrize(
+    ("modality", "shape", "intensity"),
+    [
+        ("MR", (8, 10, 6), Intensity("percentile", 0.5, 99.5)),
+        ("CT", (8, 10, 6), Intensity("window", -1000.0, 1000.0)),
+        ("CR", (8, 10), Intensity("window", 0.0, 255.0)),
+        ("OT", (8, 10, 6), Intensity("window", 0.0, 255.0)),
+    ],
+)
+def test_files_are_byte_for_byte_those_of_pydicom(modality, shape, intensity, tmp_path, make_cohort, monkeypatch):
+    """What a series shares is encoded once: that must not show in any byte."""
+    from medvae.synth import dicom_encode
+
+    compared = 0
+    ours = dicom_encode.write_series
+
+    def both(files):
+        nonlocal compared
+        ours(files)
+        for path, dataset in files.items():
+            dataset.save_as(tmp_path / "theirs.dcm", enforce_file_format=True)
+            assert path.read_bytes() == (tmp_path / "theirs.dcm").read_bytes()
+            compared += 1
+
+    monkeypatch.setattr(dicom_encode, "write_series", both)
+    write_dicom(make_cohort(shape, modality, intensity, masks=len(shape) == 3), tmp_path / "out")
+    assert compared == 3 * (6 if modality in ("MR", "CT") else 1)
