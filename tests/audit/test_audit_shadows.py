@@ -20,7 +20,7 @@ from medvae.audit.deep_attack import shadow_models, trainer_of
 from medvae.audit.shadow_recipe import LINEAR, ClosedForm, InMemory, closed_form
 from medvae.audit.shadows import Bools, run_shadows, splits
 from medvae.audit.stacked import Batches, Schedule, Stack, take_step
-from medvae.config import MixtureConfig, Recipe
+from medvae.config import MixtureConfig, MomentsConfig, Recipe
 from medvae.errors import ConfigError
 from medvae.nets.build import build_model
 from medvae.train.moments import fit_moments
@@ -83,15 +83,18 @@ def test_stacked_noise_has_the_planned_size() -> None:
     assert abs(float(drawn.std()) / (3.0 * 0.5 / 4.0) - 1) < 0.03
 
 
-@pytest.mark.parametrize("mixture", [False, True])
-def test_closed_form_shadows_are_fits_of_the_product(mixture: bool) -> None:
+@pytest.mark.parametrize("variant", ["plain", "mixture", "public clips", "mean alone"])
+def test_closed_form_shadows_are_fits_of_the_product(variant: str) -> None:
     """On coefficients as on images: the same linear part, from the same noise."""
     from medvae.dp.noise import seeded_noise
 
     scans = phantom_scans(2, 20, 0, 16)
-    resolved = resolve(Recipe(mixture=MixtureConfig(enabled=mixture, box=(3, 3), components=2)), 20, scans.space)
+    mixture = MixtureConfig(enabled=variant == "mixture", box=(3, 3), components=2)
+    moments = MomentsConfig(public_clips=variant == "public clips", mean_alone=variant == "mean alone")
+    resolved = resolve(Recipe(mixture=mixture, moments=moments), 20, scans.space)
     shapes = moment_shapes(resolved)
-    assert (shapes.mixture is not None) == mixture
+    has = {"mixture": shapes.mixture is not None, "public clips": shapes.public_clips, "mean alone": shapes.mean_alone}
+    assert has == {name: name == variant for name in has}
     noise = dict.fromkeys(shapes.releases, 2.0)
     trainer = closed_form(scans, resolved, noise, 5)
     found = trainer.fit(3, np.arange(10))
