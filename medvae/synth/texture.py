@@ -9,7 +9,7 @@ everything the code does not know. Fields with the released spectrum give the re
             the cohort's images are shapes, every voxel 0 or 1
 
 Where the budget showed a mean alone there is no spectrum of the masks: their shape is then the mean's level set, and
-the image is made-up tissue around them. Spectrum and mean are differentially private outputs of the closed-form stage,
+the image is made-up tissue on its mean. Spectrum and mean are differentially private outputs of the closed-form stage,
 so all of this is post-processing.
 """
 
@@ -41,8 +41,8 @@ SMOOTH_SHAPES, SHAPE_DRAWS = (0.1, 0.2, 0.3, 0.45, 0.7), 6
 # Share of the leftover amplitude that is drawn: the rest of it is edges that moved, which a field would draw as grain.
 FINE = 0.5
 # Made-up tissue: how many kinds, how they differ from each other in grey level and within themselves, and the scale of
-# their borders in half-cycles a field of view; a label's own level is known that well.
-KINDS, BETWEEN, WITHIN, BORDERS, KNOWN = 6, 0.25, 0.06, 8.0, 0.06
+# their borders in half-cycles a field of view.
+KINDS, BETWEEN, WITHIN, BORDERS = 6, 0.25, 0.06, 8.0
 
 
 @dataclass(frozen=True)
@@ -155,20 +155,6 @@ def _tissue(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.asarray(levels[np.argmax(fields, axis=0)] + grain * (WITHIN / grain.std()), dtype=np.float32)
 
 
-def _imagined(mean: Array, labels: npt.NDArray[np.uint8], texture: Texture, rng: np.random.Generator) -> Array:
-    """Return an image where only a mean was released: made-up tissue, in which each label is of a kind of its own.
-
-    A segmentation trained on it has to go by place, shape and level together, since patches like the label are
-    everywhere (domain randomisation, Billot et al. 2023).
-    """
-    out = _tissue(mean.shape, rng)
-    grain = ndimage.gaussian_filter(rng.standard_normal(mean.shape), 1.0)
-    for m, slope in enumerate(texture.slope):
-        level = slope + rng.normal(0, KNOWN) + grain * (WITHIN / grain.std())
-        out = np.where(labels == m + 1, level, out)
-    return np.asarray(np.clip(mean + ndimage.gaussian_filter(out, 0.6), 0, 1), dtype=np.float32)
-
-
 def draw_shape(probability: Array, texture: Texture | None, rng: np.random.Generator) -> Array:
     """Return an image (*spatial) of zeros and ones from the probability of a one at each voxel."""
     if texture is None or not texture.shape.any():
@@ -185,7 +171,10 @@ def draw_image(
     if texture is None:
         return np.clip(mean, 0, 1)
     if len(probability) and not texture.mask.any():
-        return _imagined(mean, labels, texture, rng)
+        # Only a mean was released. Tissue is made up and follows no label, so that what is trained on it goes by place:
+        # a contrast as uncertain as this teaches a segmentation what real scans do not hold (docs/quality.md).
+        blurred = ndimage.gaussian_filter(_tissue(mean.shape, rng), 0.6)
+        return np.asarray(np.clip(mean + blurred, 0, 1), dtype=np.float32)
     # A value in [0, 1] with mean m varies by at most m (1 - m): black stays black, and the average variance is kept.
     room = np.clip(mean, 0, 1) * (1 - np.clip(mean, 0, 1))
     local = np.sqrt(room / max(float(room.mean()), 1e-6))

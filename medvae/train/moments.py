@@ -52,7 +52,7 @@ SEEN = 2.0
 # Clips where a cohort is too small to show its own (the rule decides): a scan in [0, 1], and what a mean leaves of it.
 PUBLIC_RMS, PUBLIC_RESIDUAL_RMS = 0.4, 0.2
 # The grey level that a mean alone is measured from, and how far scans are taken to vary around it.
-PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER, PUBLIC_CONTRAST = 0.4, 0.5, 4.0, 0.25
+PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER = 0.4, 0.5, 4.0
 # Weight of the image in all norms where there are masks: what a segmentation learns from is the masks.
 IMAGE_WEIGHT = 0.5
 # Share of the first release that says how grey images are; they count as two-valued below this.
@@ -62,7 +62,6 @@ CLIP_QUANTILE = 0.8
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
-ALONE_CONTRAST_WEIGHT = 0.3
 # Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
 CHUNK_VOXELS = 2**20
 
@@ -196,27 +195,10 @@ def radius_of(histogram: Array, size: int, noise_sd: float = 0.0, edges: Array =
     return float(edges[min(bucket, len(edges) - 1)] * size**0.5)
 
 
-def mask_contrasts(x: Tensor) -> Tensor:
-    """Return how much brighter images are inside each mask than outside all of them, (B, M), of (B, 1 + M, *spatial).
-
-    Masks may be probabilities. Nothing inside, or nothing outside: 0.
-    """
-    image, masks = x[:, :1].flatten(2), x[:, 1:].flatten(2)
-    outside = (1 - masks.sum(1, keepdim=True)).clamp(min=0)
-    inside, around = ((w * image).sum(2) / w.sum(2).clamp(min=1e-6) for w in (masks, outside))
-    return torch.where((masks.sum(2) >= 1) & (outside.sum(2) >= 1), inside - around, 0.0)
-
-
 def greyness(images: Tensor) -> Tensor:
     """Return how far images (B, *spatial) are from being two-valued: 4 sum x (1 - x) / sum x, in [0, 1]."""
     x = images.flatten(1).double().clamp(0, 1)
     return (4 * (x * (1 - x)).sum(1) / x.sum(1).clamp(min=1e-6)).clamp(max=1)
-
-
-def shrink_vector(noisy: Array, noise_sd: float) -> Array:
-    """Shrink a noisy vector towards zero by the positive-part James-Stein factor: post-processing."""
-    energy = float(np.square(noisy).sum())
-    return np.asarray(noisy * max(0.0, 1 - noise_sd**2 * len(noisy) / max(energy, 1e-30)))
 
 
 @dataclass(frozen=True)
@@ -425,23 +407,11 @@ def _public_level(fit: _Fit) -> None:
 
 
 def _mean_alone(fit: _Fit) -> None:
-    """The overall mean, and how much brighter the image is inside each mask than outside."""
-    shape, scale = (fit.space.channels, *fit.shapes.basis), fit.radius / fit.count
-    weight = ALONE_CONTRAST_WEIGHT if fit.space.mask_labels else 0.0
-    rest = (1 - weight**2) ** 0.5
-
-    def contribution(batch: Batch) -> Tensor:
-        phi = clip_rows(fit.residual(batch).flatten(1), fit.radius)
-        contrast = clip_rows(mask_contrasts(fit.full.pixels(torch.from_numpy(batch.x))), PUBLIC_CONTRAST)
-        return torch.cat([phi * rest, contrast * weight], dim=1)
-
-    released, sigma = fit.release("means", contribution), fit.noise_multipliers["means"]
-    coefficients, contrast = np.split(released, [math.prod(shape)])
-    fit.set_overall(coefficients.reshape(shape) * scale / rest, sigma * scale / rest)
-    if fit.space.mask_labels:
-        unit = PUBLIC_CONTRAST / weight / fit.count
-        shrunk = shrink_vector(contrast * unit, sigma * unit)
-        fit.part.contrast.copy_(torch.as_tensor(shrunk, dtype=torch.float32))
+    """The overall mean."""
+    scale = fit.radius / fit.count
+    released = fit.release("means", lambda b: clip_rows(fit.residual(b).flatten(1), fit.radius))
+    noise_sd = fit.noise_multipliers["means"] * scale
+    fit.set_overall(released.reshape(fit.space.channels, *fit.shapes.basis) * scale, noise_sd)
 
 
 def _public_spread(fit: _Fit) -> None:
