@@ -20,6 +20,10 @@ from medvae.train.stages import check_stages, prior_shares, trained_stages
 from medvae.types import ImageSpace, Mechanism, PrivacyPlan
 
 FEW_PATIENTS = 200
+MEAN_ALONE = (
+    "the budget is spent on one overall mean, since nothing finer shows at it: synthetic scans carry the classes and "
+    "covariates asked for in name only (moments: {mean_alone: false} in a pipeline file asks for their means too)"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def make_plan(patients: int, space: ImageSpace, config: TrainConfig) -> TrainPla
     model = build_model(space, recipe)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) if recipe.dpsgd.enabled else 0
     warnings += cohort_warnings(privacy, parameters)
+    if recipe.moments.mean_alone and space.conditions:
+        warnings.append(MEAN_ALONE)
     return TrainPlan(recipe, privacy, parameters, tuple(warnings), goal.to_json())
 
 

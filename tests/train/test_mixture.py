@@ -187,6 +187,8 @@ def test_clips_come_from_constants_where_a_histogram_would_be_all_noise():
     # What the histograms would have cost goes to the others: all of epsilon is used.
     assert few.privacy.epsilon == pytest.approx(0.5, rel=0.01)
     assert alone.privacy.epsilon == pytest.approx(1, rel=0.01)
+    # Who asked for classes is told where they are asked for in vain.
+    assert [any("in name only" in w for w in made.warnings) for made in (few, alone, many)] == [True, True, False]
 
 
 def test_all_that_a_plan_charges_is_released_and_nothing_else():
