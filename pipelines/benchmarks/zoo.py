@@ -43,28 +43,53 @@ Made by `python pipelines/benchmarks/zoo.py --simulated {simulated} --real {real
 """
 
 
+TABLES = ("canaries", "patterns", "other", "right")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--simulated", type=int, default=300)
     parser.add_argument("--real", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "audit-zoo.md")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="only these, without the head")
+    parser.add_argument("--out", type=Path, help="write the page here too, say to docs/audit-zoo.md")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [_canary_row(b, asked.real, asked.simulated) for b in track(ALL, "canaries")]
-    others = [_other_row(o) for o in track(OTHERS, "other checks")]
-    right = _right_rows(asked.real, asked.simulated)
-    text = _head(asked.real, asked.simulated) + _table(rows, others, right)
-    asked.out.write_text(text, encoding="utf-8")
+    makers = {
+        "canaries": lambda: _canaries(asked.real, asked.simulated),
+        "patterns": lambda: _patterns(asked.real),
+        "other": _others,
+        "right": lambda: _right(asked.real, asked.simulated),
+    }
+    head = _head(asked.real, asked.simulated) if set(asked.tables) == set(TABLES) else ""
+    text = head + "\n".join(makers[name]() for name in TABLES if name in asked.tables)
+    if asked.out is not None:
+        asked.out.write_text(text, encoding="utf-8")
     print(text)
 
 
-def _canary_row(build: Build, real: int, simulated: int) -> list[str]:
+def _canaries(real: int, simulated: int) -> str:
+    rows = []
+    for build in track([b for b in ALL if b.finder != "patterns"], "canaries"):
+        sims = [simulate(build.sim) for _ in range(simulated)] if build.sim is not None else []
+        runs = [_train(build) for _ in range(real)]
+        rows.append([build.name, build.finder, *_shares(runs)[:2], *_shares(sims)[:2], _refused(build)])
+    columns = ["Meant for", "Real: scores", "conformance", "Simulated: scores", "conformance", "Before training"]
+    return "## Found by canaries\n\n" + _lines(["Broken build", *columns], rows)
+
+
+def _patterns(real: int) -> str:
+    rows = []
+    for build in track([b for b in ALL if b.finder == "patterns"], "patterned patients"):
+        scores, conformance, patterns = _shares([_train(build) for _ in range(real)])
+        rows.append([build.name, patterns, scores, conformance, _refused(build)])
+    head = ["Broken build", "Real: patterns", "scores", "conformance", "Before training"]
+    return "## Found by patterned patients\n\n" + _lines(head, rows)
+
+
+def _refused(build: Build) -> str:
     with pytest.MonkeyPatch.context() as mp:
         build.patch(mp)
-        refused = bool(world.train_dpsgd(10).refused) if build.run == "dpsgd" else False
-    runs = [_train(build) for _ in range(real)]
-    sims = [simulate(build.sim) for _ in range(simulated)] if build.sim is not None else []
-    return [build.name, build.finder, *_shares(runs), *_shares(sims)[:2], "found" if refused else ""]
+        return "found" if build.run == "dpsgd" and world.train_dpsgd(10).refused else ""
 
 
 def _train(build: Build) -> Outcome:
@@ -82,15 +107,19 @@ def _shares(outcomes: Sequence[Outcome]) -> list[str]:
     return [f"{sum(hits) / n:.3g}" for hits in zip(*each, strict=True)]
 
 
-def _other_row(other: object) -> list[str]:
-    found = []
-    for broken in (True, False):
-        with pytest.MonkeyPatch.context() as mp:
-            found.append(other.found(mp, broken))  # type: ignore[attr-defined]
-    return [other.name, other.finder, "found" if found[0] else "MISSED", "left alone" if not found[1] else "ACCUSED"]  # type: ignore[attr-defined]
+def _others() -> str:
+    rows = []
+    for other in track(OTHERS, "other checks"):
+        found = []
+        for broken in (True, False):
+            with pytest.MonkeyPatch.context() as mp:
+                found.append(other.found(mp, broken))
+        wrong, right = "found" if found[0] else "MISSED", "left alone" if not found[1] else "ACCUSED"
+        rows.append([other.name, other.finder, wrong, right])
+    return "## Found by other checks\n\n" + _lines(["Broken build", "Check", "Broken", "Right"], rows)
 
 
-def _right_rows(real: int, simulated: int) -> list[list[str]]:
+def _right(real: int, simulated: int) -> str:
     kinds = {
         "simulated DP-SGD": [simulate() for _ in range(max(1000, simulated))],
         "real DP-SGD": [world.train_dpsgd() for _ in range(max(50, real))],
@@ -104,7 +133,9 @@ def _right_rows(real: int, simulated: int) -> list[list[str]]:
         )
         high = 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
         rows.append([name, str(n), str(accused), str(failing), str(walked), f"{hits / n:.3g}", f"{high:.3g}"])
-    return rows
+    head = ["Runs", "Number", "Accused by scores", "By conformance", "By patterns", "Share", "At most (97.5 %)"]
+    level = "The accusation test is nominally at 5 %, conformance and patterns together at 0.1 %, a run.\n"
+    return "## Correct builds\n\n" + _lines(head, rows) + "\n" + level
 
 
 def _head(real: int, simulated: int) -> str:
@@ -115,35 +146,9 @@ def _head(real: int, simulated: int) -> str:
     )  # fmt: skip
 
 
-def _table(rows: list[list[str]], others: list[list[str]], right: list[list[str]]) -> str:
-    columns = [
-        "Broken build",
-        "Meant for",
-        "Real: scores",
-        "conformance",
-        "patterns",
-        "Simulated: scores",
-        "conformance",
-    ]
-    return "\n".join(
-        [
-            "## Found by canaries\n",
-            _lines([*columns, "Before training"], rows),
-            "\n## Found by other checks\n",
-            _lines(["Broken build", "Check", "Broken", "Right"], others),
-            "\n## Correct builds\n",
-            _lines(
-                ["Runs", "Number", "Accused by scores", "By conformance", "By patterns", "Share", "At most (97.5 %)"],
-                right,
-            ),
-            "\nThe accusation test is nominally at 5 %, conformance and patterns together at 0.1 %, a run.\n",
-        ]
-    )
-
-
 def _lines(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":
