@@ -296,3 +296,13 @@ def test_occupancies_without_noise_are_the_means():
     signal = basis.reduce(torch.as_tensor(np.stack([x[0], x[0]])[None], dtype=torch.float32))[0, 1:].double().numpy()
     found = smooth_occupancy(signal, 0.0, (24, 20))
     assert np.linalg.norm(found - signal) < 0.05 * np.linalg.norm(signal)
+
+
+def test_a_mean_alone_asks_nobody_for_labels():
+    """Everybody's labels changed: not a bit of the model moves, so no count of labels is in it."""
+    first, other = cohort(4), cohort(4)
+    other.condition[:, :2] = other.condition[:, 1::-1]
+    noise = dict.fromkeys(LONE.releases, 0.3)
+    parts = [fit_moments(s, np.arange(12), noise, LONE, noise=seeded_noise(0)).state_dict() for s in (first, other)]
+    for name, tensor in parts[0].items():
+        assert torch.equal(tensor, parts[1][name]), name

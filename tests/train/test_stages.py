@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_cohort import small_config, write_cohort
 
-from medvae.config import TrainConfig
+from medvae.config import TrainConfig, build
 from medvae.crosscheck import agree
 from medvae.dp.accounting import pld_epsilon
 from medvae.dp.ledger import Ledger
@@ -206,6 +206,16 @@ def test_the_total_is_the_composition_of_all_events_by_two_accountants(
     assert found.ok
     assert found.pld == plan.epsilon
     assert 0.985 * epsilon <= plan.epsilon <= epsilon
+
+
+@pytest.mark.parametrize(("epsilon", "names"), [(0.5, ("means",)), (1.0, moments.ALONE), (8.0, moments.RELEASES)])
+def test_so_does_the_total_of_a_tiny_cohort(epsilon: float, names: tuple[str, ...]) -> None:
+    """100 patients: the fewer releases there are, the more of the budget each has, and all of it is spent."""
+    plan = make_plan(100, SPACE, build(TrainConfig, dp_epsilon=epsilon)).privacy
+    assert tuple(m.name for m in plan.mechanisms) == names
+    found = agree(plan.mechanisms, plan.delta)
+    assert found.ok
+    assert 0.985 * epsilon <= found.pld == plan.epsilon <= epsilon
 
 
 def noise(changes: Mapping[str, Any], name: str) -> float:
