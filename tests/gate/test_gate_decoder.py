@@ -190,6 +190,7 @@ def test_an_interrupted_export_leaves_nothing(flat: Path, tmp_path: Path, monkey
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(decoder, "to_onnx", lambda *_: (b"", 0.0))
     monkeypatch.setattr(decoder, "to_page", stop)
     with pytest.raises(KeyboardInterrupt):
         export_decoder("page", flat, tmp_path / "deep" / "x.html", ReleaseConfig(), flat.parent / "report")
