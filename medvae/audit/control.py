@@ -24,25 +24,12 @@ LEARNING_RATE = 4e-3
 BATCH = 16
 
 
-class StandardNormal:
-    """The prior N(0, I) over codes (B, d)."""
-
-    def kl(self, mean: Tensor, log_variance: Tensor, condition: Tensor) -> Tensor:
-        """Return KL(N(mean, diag exp(log_variance)) || N(0, I)) in nats, (B,): Kingma & Welling 2013, app. B."""
-        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
-
-    def log_density(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Return log p(z) in nats, (B,)."""
-        return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
-
-
 class ControlVAE(nn.Module):
     """A two-layer conditional VAE over flattened scans with a Gaussian likelihood: it overfits, as it should."""
 
     def __init__(self, elements: int, condition_width: int) -> None:
         super().__init__()
         self.latent_dim = LATENT
-        self.prior = StandardNormal()
         self.encoder = nn.Sequential(
             nn.Linear(elements + condition_width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 2 * LATENT)
         )
@@ -54,6 +41,14 @@ class ControlVAE(nn.Module):
         mean, log_variance = self.encoder(torch.cat([x.flatten(1), condition], 1)).chunk(2, 1)
         return mean, log_variance.clamp(-8, 2)
 
+    def kl_to_prior(self, mean: Tensor, log_variance: Tensor, condition: Tensor) -> Tensor:
+        """Return KL(N(mean, diag exp(log_variance)) || N(0, I)) in nats, (B,): Kingma & Welling 2013, app. B."""
+        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+
+    def log_prior(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return log p(z) in nats, (B,), of a standard normal."""
+        return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
+
     def reconstruction(self, x: Tensor, z: Tensor, condition: Tensor) -> Tensor:
         """Return -log p(x | z, c) in nats, (B,)."""
         out = self.decoder(torch.cat([z, condition], 1))
@@ -64,7 +59,7 @@ class ControlVAE(nn.Module):
         """Return the negative ELBO a channel element, (B,)."""
         mean, log_variance = self.encode(x, condition)
         z = mean + torch.exp(0.5 * log_variance) * noise
-        kl = self.prior.kl(mean, log_variance, condition)
+        kl = self.kl_to_prior(mean, log_variance, condition)
         return (self.reconstruction(x, z, condition) + kl) / x[0].numel()
 
 

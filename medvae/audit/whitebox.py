@@ -24,27 +24,19 @@ SCORES = ("likelihood", "elbo", "reconstruction", "latent")
 ELEMENTS_AT_ONCE = 4_000_000
 
 
-class Prior(Protocol):
-    """p(z | c) over codes (B, d), as nets/prior.py has it: normal or a random field."""
-
-    def kl(self, mean: Tensor, log_variance: Tensor, condition: Tensor) -> Tensor:
-        """KL(N(mean, diag exp(log_variance)) || p(z | c)) in nats, (B,)."""
-
-    def log_density(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Return log p(z | c) in nats, (B,)."""
-
-
 class Scorable(Protocol):
     """What the attack needs of a model; nets.ConditionalVAE and the control model both have it."""
 
     latent_dim: int
 
-    @property
-    def prior(self) -> Prior:
-        """The model's own prior p(z | c)."""
-
     def encode(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, each (B, d), of q(z | x, c)."""
+
+    def kl_to_prior(self, mean: Tensor, log_variance: Tensor, condition: Tensor) -> Tensor:
+        """KL(N(mean, diag exp(log_variance)) || p(z | c)) in nats, (B,), whatever the prior is."""
+
+    def log_prior(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return log p(z | c) in nats, (B,)."""
 
     def reconstruction(self, x: Tensor, z: Tensor, condition: Tensor) -> Tensor:
         """Per-sample -log p(x | z, c) in nats, (B,)."""
@@ -64,13 +56,13 @@ def scan_scores(
             x = torch.from_numpy(np.ascontiguousarray(scans.x[start : start + at_once]))
             condition = torch.from_numpy(np.ascontiguousarray(scans.condition[start : start + at_once]))
             mean, log_variance = model.encode(x, condition)
-            spread, kl = torch.exp(0.5 * log_variance), model.prior.kl(mean, log_variance, condition).double()
+            spread, kl = torch.exp(0.5 * log_variance), model.kl_to_prior(mean, log_variance, condition).double()
             errors, ratios = [], []
             for code in noise:
                 z = mean + spread * code
                 errors.append(model.reconstruction(x, z, condition).double())
                 posterior = -0.5 * (code.square() + log_variance + math.log(2 * math.pi)).sum(1).double()
-                ratios.append(model.prior.log_density(z, condition).double() - posterior)
+                ratios.append(model.log_prior(z, condition).double() - posterior)
             error, ratio = torch.stack(errors), torch.stack(ratios)
             likelihood = torch.logsumexp(ratio - error, 0) - math.log(draws)
             of_scan = [likelihood, -error.mean(0) - kl, -error.mean(0), kl]

@@ -142,6 +142,14 @@ class ConditionalVAE(nn.Module):
         """Return the mean (B, d) of p(z | c)."""
         return self.prior.mean(self._filled(condition))
 
+    def kl_to_prior(self, mean: Tensor, log_variance: Tensor, condition: Tensor) -> Tensor:
+        """Return KL(N(mean, diag exp(log_variance)) || p(z | c)) in nats, (B,)."""
+        return self.prior.kl(mean, log_variance, self._filled(condition))
+
+    def log_prior(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return log p(z | c) in nats, (B,)."""
+        return self.prior.log_density(z, self._filled(condition))
+
     def prior_sample(self, condition: Tensor, noise: Tensor) -> Tensor:
         """Return codes (B, d) of the prior from standard normal `noise` (B, d)."""
         return self.prior.sample(self._filled(condition), noise)
@@ -211,7 +219,7 @@ class ConditionalVAE(nn.Module):
         mean, log_variance = posterior
         z = mean + torch.exp(0.5 * log_variance) * noise
         reconstruction = self.reconstruction(x, z, condition)
-        kl = self.prior.kl(mean, log_variance, self._filled(condition))
+        kl = self.kl_to_prior(mean, log_variance, condition)
         return {"loss": reconstruction + self._divergence(kl), "reconstruction": reconstruction, "kl": kl}
 
     def _semi_supervised(self, labels: Labels, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
@@ -227,7 +235,7 @@ class ConditionalVAE(nn.Module):
         mean, log_variance = self.encode(x, condition)
         z = mean + torch.exp(0.5 * log_variance) * noise
         log_posterior = -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(1)
-        return self.prior.log_density(z, self._filled(condition)) - log_posterior - self.reconstruction(x, z, condition)
+        return self.log_prior(z, condition) - log_posterior - self.reconstruction(x, z, condition)
 
     def forward(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
         """Return the loss of each scan, (B,): x (B, C, *spatial), condition (B, K), noise (B, d).

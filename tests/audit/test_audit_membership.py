@@ -42,15 +42,14 @@ def test_likelihood_is_the_importance_weighted_bound() -> None:
     """Against a linear Gaussian model, whose likelihood is known: more draws come close to it, and one is the ELBO."""
     import torch
 
-    class Prior:
-        def kl(self, mean: torch.Tensor, log_variance: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    class Linear:
+        latent_dim = 1
+
+        def kl_to_prior(self, mean: torch.Tensor, log_variance: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
             return 0.5 * ((mean - 0.2).square() + log_variance.exp() - 1 - log_variance).sum(1)
 
-        def log_density(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        def log_prior(self, z: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
             return -0.5 * ((z - 0.2).square() + math.log(2 * math.pi)).sum(1)
-
-    class Linear:
-        latent_dim, prior = 1, Prior()
 
         def encode(self, x: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return x.flatten(1).mean(1, keepdim=True) * 0.5 + 0.3, torch.full((len(x), 1), -0.3)
