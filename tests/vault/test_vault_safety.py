@@ -20,6 +20,7 @@ from medvae.vault import decoder
 from medvae.vault.dicom_guard import stream_size
 from medvae.vault.dicom_header import HEADER_TAGS, read_header
 from medvae.vault.dicom_pixels import PIXEL_TAGS, read_frames, read_slice
+from medvae.vault.discover import discover
 from medvae.vault.scan import Rules, Unusable, quiet
 
 ABSURD = "absurd size"
@@ -214,3 +215,15 @@ def test_any_values_in_any_tags_give_a_verdict(
         except Exception:
             return
     verdict(path, max_voxels=2**20)
+
+
+def test_linked_folders_are_not_followed(tmp_path: Path) -> None:
+    """Linked files are how versioned archives lie on disk, and count; a linked folder may lead anywhere, or around."""
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    write_slice(source / "a.dcm", noise((8, 8), 0))
+    write_slice(elsewhere / "secret.dcm", noise((8, 8), 1))
+    (source / "out").symlink_to(elsewhere)
+    (source / "loop").symlink_to(source)
+    (source / "linked.dcm").symlink_to(elsewhere / "secret.dcm")
+    (source / "gone.dcm").symlink_to(elsewhere / "nothing.dcm")
+    assert sorted(p.name for p in discover(source).files) == ["a.dcm", "linked.dcm"]
