@@ -88,7 +88,7 @@ def test_internal_files_are_refused_in_a_shared_run(store: Path, tmp_path: Path)
             t.artifact(path)
 
 
-def test_planted_identifiers_and_tokens_never_reach_the_store(
+def test_planted_identifiers_never_reach_the_store(
     store: Path, tmp_path: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = ["DOE^JOHN", "PAT-4711-SECRET", "/data/ward7/doe.csv", "1.2.840.99999.4711", "tok-4711", "pacs.ward7"]
