@@ -92,7 +92,7 @@ class ModelConfig(Frozen):
     field: FieldConfig = FieldConfig()
     adversary: Annotated[float, Field(ge=0)] = 0.0
     semi_supervised: bool = False
-    label_weight: Positive = 50.0
+    label_weight: Positive = 2000.0
 
 
 class MomentsConfig(Frozen):
