@@ -153,11 +153,12 @@ def _flatten(channels: list[FloatArray], voxel_mm: tuple[float, ...]) -> tuple[l
 
 def _resample(array: FloatArray, grid: Grid, voxel_mm: tuple[float, ...] | None, labels: bool) -> FloatArray:
     """Resample to the grid's spacing and pad or crop around the centre, or resize the field of view to its shape."""
-    from monai.transforms import Resize, ResizeWithPadOrCrop
-
+    # MONAI is imported where it is needed alone: it takes longer than to read some hundred files.
     if grid.spacing_mm is not None:
         if voxel_mm is None:
             raise Unusable("no PixelSpacing")
+        from monai.transforms import ResizeWithPadOrCrop
+
         spaced = _respace(array, grid.spacing_mm, voxel_mm, labels)
         return _first(ResizeWithPadOrCrop(grid.shape)(spaced[None]))
     if array.shape == grid.shape:
@@ -166,6 +167,8 @@ def _resample(array: FloatArray, grid: Grid, voxel_mm: tuple[float, ...] | None,
         return _resize(array, grid.shape, "nearest-exact")
     if all(new <= old for new, old in zip(grid.shape, array.shape, strict=True)):
         return _resize(array, grid.shape, "area")
+    from monai.transforms import Resize
+
     linear = "bilinear" if array.ndim == 2 else "trilinear"
     return _first(Resize(grid.shape, mode=linear, anti_aliasing=True)(array[None]))
 
