@@ -112,7 +112,7 @@ def _processes(count: int) -> ProcessPoolExecutor:
     A fork of this process, beside the threads of torch, may hang; new ones would each import for seconds.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "medvae.vault.dicom", "medvae.vault.preprocess"])
+    context.set_forkserver_preload(["torch", "nibabel", "pydicom", "medvae.vault.dicom", "medvae.vault.preprocess"])
     return ProcessPoolExecutor(count, mp_context=context, initializer=_calm)
 
 
