@@ -33,8 +33,8 @@ def fingerprint(stored: npt.NDArray[Any], raw: FloatArray) -> str:
 class Tally:
     """Counts of skipped scans, images that several patients share, and holders of mask labels.
 
-    identical: what an image means that occurs, voxel by voxel, under two patients. copies: whether an image that one
-    patient has twice is dropped.
+    identical: what an image means that occurs under two patients, alike in every stored voxel and in its raw shape,
+    sum and ends. copies: whether an image that one patient has twice is dropped.
     """
 
     skipped: Skipped
@@ -78,7 +78,7 @@ class Tally:
         """Raise CohortError where patients share images and the config refuses that."""
         if self.shared and self.identical == "refuse":
             raise CohortError(
-                f"{self.shared} images are identical, voxel by voxel, to an image of another patient: give one person "
+                f"{self.shared} images are identical, as stored, to an image of another patient: give one person "
                 "one id, or choose --identical merge"
             )
 
@@ -103,7 +103,7 @@ class Tally:
         if self.identical == "merge":
             return [f"{len(self.same)} patient ids share an image with another and count as the same patient"]
         return [
-            f"{self.shared} images are identical, voxel by voxel, to an image of another patient: if these are one "
+            f"{self.shared} images are identical, as stored, to an image of another patient: if these are one "
             "person, epsilon does not protect them as one; check the patient ids, or choose --identical merge"
         ]
 
