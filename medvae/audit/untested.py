@@ -21,6 +21,10 @@ PRETRAINING = (
     "pretraining: shadow models start from random weights and not from it, so scores calibrated by them are weaker "
     "than those of an attacker who repeats it"
 )
+ROBUST = (
+    "the second training, on attacked scans: shadow models do without it, so scores calibrated by them are weaker than "
+    "those of an attacker who repeats it"
+)
 LABELS = "the classifier that infers missing labels: scores ask the VAE of a scan with its own label or none"
 
 
@@ -30,6 +34,7 @@ def untested(recipe: Recipe) -> list[str]:
         (recipe.teacher.enabled, TEACHER),
         (recipe.prior.kind != "none", CODE_PRIOR),
         (recipe.pretraining.source != "none", PRETRAINING),
+        (recipe.robust.enabled, ROBUST),
         (recipe.model.semi_supervised, LABELS),
     )
     return [*(words for has, words in of_recipe if has), *ALWAYS]

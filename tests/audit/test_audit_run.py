@@ -19,7 +19,7 @@ from medvae.audit import case as case_module
 from medvae.audit.case import Figure, Part, plain
 from medvae.audit.claim import internal_decision, make_claim, public_decision
 from medvae.audit.run import audit, reports
-from medvae.audit.untested import ALWAYS, CODE_PRIOR, LABELS, PRETRAINING, TEACHER, untested
+from medvae.audit.untested import ALWAYS, CODE_PRIOR, LABELS, PRETRAINING, ROBUST, TEACHER, untested
 from medvae.config import AuditConfig, Recipe, build
 from medvae.errors import RunError
 from medvae.types import PROVENANCES, SHAREABLE, Finding
@@ -218,6 +218,7 @@ def test_plain_json_has_no_numpy_and_no_infinity() -> None:
         ({"teacher": {"enabled": True}}, TEACHER),
         ({"prior": {"kind": "gaussian"}}, CODE_PRIOR),
         ({"pretraining": {"source": "procedural"}}, PRETRAINING),
+        ({"robust": {"enabled": True}}, ROBUST),
         ({"model": {"semi_supervised": True}, "moments": {"enabled": False}}, LABELS),
     ],
 )

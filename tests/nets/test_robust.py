@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_variants import SHAPES, batch, clipped_by_definition, variant
+from test_variants import SHAPES, batch, check_against_the_loop, variant
 
 from medvae.config import IngestConfig, ModelConfig, MomentsConfig, Recipe, TrainConfig, build
 from medvae.crosscheck import agree
@@ -16,10 +16,6 @@ from medvae.nets.build import build_model, load_release
 from medvae.nets.cvae import ConditionalVAE
 from medvae.nets.robust import Smoothed, attack
 from medvae.synth.store import read_release
-from medvae.train.engine.memory import Limits
-from medvae.train.engine.module import BookkeepingSampler
-from medvae.train.engine.tuner import Tuner
-from medvae.train.gradient import FunctorchSampler
 from medvae.train.planning import make_plan
 from medvae.train.run import train
 from medvae.train.stages import PerturbedSource
@@ -79,19 +75,7 @@ def test_the_second_training_equals_the_loop_over_patients(name, shape, engine):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     made, latent = batch(model, (1, 3, 2))
-    made = perturbed(model, made)
-    expected, norms = clipped_by_definition(net, made, latent, 0.1)
-    if engine == "functorch":
-        sampler = FunctorchSampler(net, max_grad_norm=0.1, max_scans=4)
-    else:
-        sampler = BookkeepingSampler(net, max_grad_norm=0.1, limits=Limits(64, 2**30, 2.0**30), tuner=Tuner())
-    sums, stats = sampler.clipped_sum(made, latent)
-    found = torch.cat([s.double().flatten() for s in sums])
-    assert stats.reveal().norms.tolist() == pytest.approx(norms, rel=1e-5)
-    assert float((found - expected).norm() / expected.norm()) < 1e-4
-    one = Batch(made.x[:1], made.condition[:1], made.patient[:1])
-    alone, _ = sampler.clipped_sum(one, latent[:1])
-    assert float(torch.cat([s.flatten() for s in alone]).norm()) <= 0.1
+    check_against_the_loop(net, perturbed(model, made), latent, engine)
 
 
 def test_the_model_it_was_is_frozen_and_first_agrees_with_it():
