@@ -106,7 +106,7 @@ def ingest(
     frames: Annotated[str | None, typer.Option(metavar="WAY", help="Cine, 4D: refuse, first, mean or all.")] = None,
     colour: Annotated[str | None, typer.Option(metavar="WAY", help="Colour: refuse or luminance.")] = None,
     burned_in: Annotated[
-        str | None, typer.Option(metavar="WAY", help="Images that may show names: note or skip.")
+        str | None, typer.Option(metavar="WAY", help="Images that may show names: note, skip or refuse.")
     ] = None,
     identical: Annotated[
         str | None, typer.Option(metavar="WAY", help="One image under two patients: note, merge or refuse.")

@@ -39,7 +39,7 @@ class IngestConfig(Frozen):
     slice_gap: Literal["refuse", "skip", "resample"] = "refuse"
     frames: Literal["refuse", "first", "mean", "all"] = "refuse"
     colour: Literal["refuse", "luminance"] = "refuse"
-    burned_in: Literal["note", "skip"] = "note"
+    burned_in: Literal["note", "skip", "refuse"] = "note"
     identical: Literal["note", "merge", "refuse"] = "note"
     missing: Literal["refuse", "drop", "class"] = "refuse"
     max_voxels: Annotated[int, Field(ge=1, le=2**33)] = 2**28

@@ -62,7 +62,7 @@ WORDS: Mapping[str, frozenset[str]] = {
     "device": frozenset({"auto", "cpu", "cuda"}),
     "formats": frozenset({"nifti", "dicom", "png", "npz", "huggingface", "viewer"}),
     "grad_sampler": frozenset({"bookkeeping", "functorch"}),
-    "burned_in": frozenset({"note", "skip"}),
+    "burned_in": frozenset({"note", "skip", "refuse"}),
     "colour": frozenset({"refuse", "luminance"}),
     "frames": frozenset({"refuse", "first", "mean", "all"}),
     "identical": frozenset({"note", "merge", "refuse"}),

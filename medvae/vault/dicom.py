@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from medvae.errors import CohortError
+from medvae.errors import CohortError, PrivacyError
 from medvae.types import FloatArray, Progress
 from medvae.vault.dicom_geometry import Geometry, geometry, straighten
 from medvae.vault.dicom_header import Frame, Header, read_header
@@ -58,8 +58,17 @@ def dicom_source(
 
     dims: 2 makes every image a scan, 3 every stack; None decides by what most stacks are. Files and series that
     cannot be used are counted by reason; a 2D scan without PixelSpacing is used unless `need_spacing`.
+
+    Raises PrivacyError for images that may show text where the rules refuse them, CohortError for segmentations that
+    number their segments differently.
     """
     tree = _read_tree(found, progress, rules, run)
+    burned = sum(h.burned_in for headers in tree.series.values() for h in headers)
+    if burned and rules.burned_in == "refuse":
+        raise PrivacyError(
+            f"{burned} of {len(found.files)} files may show burned-in text (names, dates): clean their pixels, or "
+            "leave them out with --burned-in skip"
+        )
     parts: list[tuple[Header, list[Frame]]] = []
     for headers in tree.series.values():
         parts += _parts(headers, tree, rules)
@@ -89,7 +98,7 @@ def dicom_source(
     modality = modalities.pop() if len(modalities) == 1 else "mixed" if modalities else "OT"
     return Source(
         "dicom", dims, scans, modality, spaced=True, unused=tree.unused, unused_patients=patients,
-        skipped=tree.skipped, notes=_notes(tree),
+        skipped=tree.skipped, notes=_notes(tree, burned),
     )  # fmt: skip
 
 
@@ -257,10 +266,9 @@ def _image(frame: Frame, rules: Rules) -> FloatArray:
     return read_frames(Path(frame.file), [frame.index], rules)[0]
 
 
-def _notes(tree: _Tree) -> list[str]:
+def _notes(tree: _Tree, burned: int) -> list[str]:
     headers = [h for group in tree.series.values() for h in group]
     notes = []
-    burned = sum(h.burned_in for h in headers)
     if burned:
         notes.append(
             f"{burned} images are of a kind that may show burned-in text (names, dates): look at them, or leave them "

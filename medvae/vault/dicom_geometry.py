@@ -105,7 +105,7 @@ def geometry(frames: Sequence[Frame], rules: Rules = Rules()) -> Geometry:  # no
     if uneven:
         raise Unusable("slice gaps or uneven spacing")
     if tilted:
-        raise Unusable("affine has shear (gantry tilt)")
+        raise Unusable("gantry tilt")
     return Geometry(tuple(map(int, order)), _affine(axes, spacing, step, places[0]))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from medvae.errors import CohortError
 from medvae.vault import itk, nifti
 from medvae.vault.discover import ITK, Found, strangers
-from medvae.vault.scan import Rules, Scan, Skipped, Source, stem
+from medvae.vault.scan import Rules, Scan, Skipped, Source, names_of, stem
 
 MASK_FOLDERS = frozenset({"labels", "label", "masks", "mask", "segmentations", "labelstr"})
 MASK_SUFFIXES = ("_mask", "_seg", "_dseg", "_label")
@@ -38,7 +38,7 @@ def volume_source(found: Found, rules: Rules = Rules()) -> Source:  # noqa: B008
     for path in masks.values():
         skipped.leave("mask without an image", found.name(path))
     used = {n for s in scans for n in s.names}
-    unused = {n for p in found.files for n in Scan((found.name(p),), _nothing).names} - used
+    unused = {n for p in found.files for n in names_of(found.name(p))} - used
     table = found.tables[0] if len(found.tables) == 1 else None
     return Source(
         found.layout, 3, scans, _modality(found.card or {}), spaced=True, table=table, unused=unused, skipped=skipped
@@ -77,10 +77,6 @@ def split_masks(found: Found) -> tuple[list[Path], dict[str, Path]]:
     for key in [k for k in masks if k not in stems and k.endswith(MASK_SUFFIXES)]:
         masks.setdefault(key[: key.rindex("_")], masks.pop(key))
     return images, masks
-
-
-def _nothing() -> Any:
-    raise NotImplementedError
 
 
 def _case(path: Path, layout: str) -> str:

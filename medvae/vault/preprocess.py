@@ -130,7 +130,7 @@ def _orient(channels: list[FloatArray], affine: npt.NDArray[np.float64]) -> tupl
         raise Unusable("affine is singular or not finite")
     cosines = (axes / norms).T @ (axes / norms)
     if np.abs(cosines - np.eye(3)).max() > SHEAR:
-        raise Unusable("affine has shear (gantry tilt)")
+        raise Unusable("affine has shear")
     turn = io_orientation(affine)
     voxel = [float(norms[list(turn[:, 0]).index(axis)]) for axis in range(3)]
     return [apply_orientation(channel, turn) for channel in channels], tuple(voxel)

@@ -34,7 +34,7 @@ class Rules:
     colour: Literal["refuse", "luminance"] = "refuse"
     frames: Literal["refuse", "first", "mean", "all"] = "refuse"
     slice_gap: Literal["refuse", "skip", "resample"] = "refuse"
-    burned_in: Literal["note", "skip"] = "note"
+    burned_in: Literal["note", "skip", "refuse"] = "note"
     display: bool = False
     max_voxels: int = MAX_VOXELS
 
@@ -61,6 +61,7 @@ REMEDIES: dict[str, str] = {
     "no PatientID": "give a table with file and patient_id columns",
     "slices of different size or spacing": "keep one matrix size and spacing a series, or set slice_gap to skip",
     "slice gaps or uneven spacing": "complete the series, or set slice_gap to skip or resample",
+    "gantry tilt": "set slice_gap to skip or resample",
     "a single slice where volumes are asked": "ingest in 2D with a shape of two numbers",
     "a volume where single slices are asked": "give a shape of three numbers",
     "colour": "give --colour luminance, or convert to grayscale",
@@ -85,7 +86,7 @@ REMEDIES: dict[str, str] = {
     "header claims an absurd size": "check the file's header, or raise max_voxels",
     "header cannot be read": "check or rewrite the file's header",
     "affine is singular or not finite": "repair the header's orientation",
-    "affine has shear (gantry tilt)": "give --slice-gap resample, or resample to a rectangular grid first",
+    "affine has shear": "resample to a rectangular grid first",
     "not finite": "replace NaN and infinite values",
     "constant": "leave empty images out, or choose a window that holds the tissue",
     "further channel": "one channel a scan is used",
@@ -94,7 +95,7 @@ REMEDIES: dict[str, str] = {
     "mask without an image": "give the image, too",
     "over max_scans_per_patient": "raise max_scans_per_patient",
 }
-GEOMETRY = frozenset({"slices of different size or spacing", "slice gaps or uneven spacing"})
+GEOMETRY = frozenset({"slices of different size or spacing", "slice gaps or uneven spacing", "gantry tilt"})
 
 
 class Unusable(Exception):

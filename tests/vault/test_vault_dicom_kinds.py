@@ -284,6 +284,29 @@ def test_burned_in_text_is_noted_or_left(tmp_path: Path, run: Any) -> None:
     assert info["skipped"] == [{"reason": "may show burned-in text", "count": 1}]
 
 
+def test_burned_in_text_is_refused(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 3, one sentence with counts and the remedy, and nothing written; without such images all is well."""
+    from medvae.cli_run import run as command
+
+    kinds = ({"BurnedInAnnotation": "YES"}, {"Modality": "US"}, {}, {"BurnedInAnnotation": "NO"}, {})
+    for i, tags in enumerate(kinds):
+        write_slice(tmp_path / "in" / f"{i}.dcm", noise((8, 8), i), PatientID=f"planted{i}", **tags)
+    asked = [
+        *("ingest", str(tmp_path / "in"), "-o", str(tmp_path / "cohort"), "--shape", "8x8", "--holdout", "0"),
+        *("--burned-in", "refuse", "--quiet"),
+    ]
+    monkeypatch.setenv("MEDVAE_TRACKING", "off")
+    assert command(asked) == 3
+    said = capfd.readouterr().err
+    assert "2 of 5 files may show burned-in text" in said
+    assert "--burned-in skip" in said
+    assert not any(word in said for word in ("planted", str(tmp_path), "Traceback"))
+    assert {p.name for p in tmp_path.iterdir()} == {"in"}
+    for i in (0, 1):
+        (tmp_path / "in" / f"{i}.dcm").unlink()
+    assert command(asked) == 0
+
+
 # Geometry
 
 
