@@ -24,6 +24,7 @@ TOKEN, USER, PASSWORD = "MEDVAE_DICOMWEB_TOKEN", "MEDVAE_DICOMWEB_USER", "MEDVAE
 PLAIN_HTTP = "MEDVAE_DICOMWEB_PLAIN_HTTP"
 AE_TITLE = "MEDVAE"
 TIMEOUT = (20.0, 300.0)  # seconds to connect, and between two bytes: an archive may fetch from tape
+FOREIGN = (ValueError, LookupError, TypeError, AttributeError)  # what answers of another form lead to
 _SCHEMES = ("dicomweb", "dicomweb+http", "dicom")
 _EXAMPLES = "dicomweb://pacs.example/dicom-web or dicom://AETITLE@pacs.example:104"
 _AE = re.compile(r"[!-\[\]-~](?:[ -\[\]-~]{0,14}[!-\[\]-~])?")  # 16 characters without backslash, PS3.5 6.2
@@ -103,7 +104,10 @@ def web_client(place: DicomWeb) -> Any:
         raise MissingPart("talking to a PACS needs more packages: pip install 'medvae-dp[pacs]'") from None
     session = requests.Session()
     session.max_redirects = 0  # a token goes to the host that was named, and to no other
-    token, user, password = (os.environ.get(name) or "" for name in (TOKEN, USER, PASSWORD))
+    session.trust_env = place.url.startswith("https:")  # in clear, a proxy of the environment would read the token
+    token, user, password = ((os.environ.get(name) or "").strip() for name in (TOKEN, USER, PASSWORD))
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError(f"{TOKEN} holds signs that no header can carry: set it again, as one line")
     if token:
         session.auth = lambda request: _bearer(request, token)
     elif user:
@@ -139,7 +143,7 @@ def talking() -> Iterator[None]:
     except Exception as error:
         from requests import RequestException
 
-        if not isinstance(error, (RequestException, OSError, ValueError, KeyError, RuntimeError)):
+        if not isinstance(error, (RequestException, OSError, RuntimeError, *FOREIGN)):
             raise
         raise InputError(_said(error)) from None
     finally:
@@ -153,6 +157,8 @@ def _said(error: Exception) -> str:
     if status is not None:
         return f"the PACS answers HTTP {status}: check the path of its DICOMweb service, and its log"
     kind = type(error).__name__
+    if isinstance(error, FOREIGN):
+        return f"the PACS's answer cannot be understood ({kind}): check the path of its DICOMweb service"
     if "SSL" in kind:
         return "the PACS's certificate is not trusted here: name its authority by REQUESTS_CA_BUNDLE"
     return f"the PACS cannot be reached or breaks off ({kind}): check host, port and network, and run the command again"

@@ -1,7 +1,7 @@
 """Scans from a PACS by DICOMweb: fetched into a private folder beside the cohort, then ingested like any DICOM tree.
 
-A series is kept whole or not at all, so that an interrupted fetch goes on where it stopped. The folder is removed once
-the cohort is made.
+A series is kept whole or not at all, so that an interrupted fetch goes on where it stopped. What another search left is
+removed first, and the folder once the cohort is made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ def local_source(source: Path | str, out: Path, progress: Progress | None = None
     if not isinstance(place, DicomWeb):
         raise ConfigError("scans are fetched by DICOMweb: give dicomweb://HOST/PATH")
     folder = out.resolve().with_name(f".{out.resolve().name}.fetched")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _fetch(place, folder, progress)
     yield folder
     shutil.rmtree(folder)
@@ -55,6 +54,11 @@ def _fetch(place: DicomWeb, folder: Path, progress: Progress | None) -> None:
         ]
     if not series:
         raise CohortError("the PACS finds no series for this search: check the words after the question mark")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    wanted = {_name(uid) for _, uid in series}
+    for left in folder.iterdir():  # of another search, or of a series that broke off
+        if left.name not in wanted:
+            shutil.rmtree(left)
     for done, (study, uid) in enumerate(series, start=1):
         target = folder / _name(uid)
         if not target.exists():
