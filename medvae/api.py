@@ -166,7 +166,14 @@ def _lead(
     return result
 
 
-def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: Progress | None = None) -> Result:
+def audit(
+    run: Path,
+    out: Path,
+    config: AuditConfig | None = None,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Result:
     """Score a finished run against real data; write the internal and the public report, return the internal one.
 
     The result holds private statistics: it belongs to the hospital, and only REPORT/public may leave.
@@ -183,7 +190,7 @@ def audit(run: Path, out: Path, config: AuditConfig | None = None, *, progress: 
     require_pdf()
     with tracking.run("audit", config.model_dump(), private=True) as track:
         with staged_folder(out) as folder:
-            score(run, folder, config, progress=progress)
+            score(run, folder, config, progress=progress, note=note)
             for side in ("internal", "public"):
                 whole = complete(_read(folder / side / "audit.json"), run)
                 check("audit", whole)

@@ -276,7 +276,7 @@ def audit(
 
     with Console(as_json, quiet) as out:
         config = build(AuditConfig, tier=tier, cluster=cluster, seed=seed)
-        result = api.audit(run, output, config, progress=out.stage("audit"))
+        result = api.audit(run, output, config, progress=out.stage("audit"), note=out.note)
         out.result(result, words.audit(result, output))
 
 

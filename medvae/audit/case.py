@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -130,6 +131,13 @@ def finding(
         control=finite(control),
         verdict=verdict,
     )
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Do the work and return how long it took by the clock."""
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
 
 
 def finite(value: float | None) -> float | None:

@@ -44,7 +44,7 @@ def shadow_models(
         return replace(none, words="no shadow models in this tier: use --tier standard or full")
     if minutes is not None:
         began = time.monotonic()
-        cost = _seconds(trainer, included[:GROUP])
+        cost = group_seconds(trainer, included[:GROUP])
         fits = int(60 * minutes // cost) * GROUP
         if fits == 0:
             spent, hours = time.monotonic() - began, cost * asked / GROUP / 3600
@@ -55,7 +55,7 @@ def shadow_models(
     return replace(found, asked=asked)
 
 
-def _seconds(trainer: Deep, included: np.ndarray) -> float:
+def group_seconds(trainer: Deep, included: np.ndarray) -> float:
     """Estimate what one group costs, from two steps of it and a few scored scans."""
     few = trainer.judged.take(np.arange(min(4, len(trainer.judged))))
     steps = trainer.recipe.dpsgd.steps or 1

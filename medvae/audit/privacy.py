@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from medvae.config import Recipe, build
 from medvae.types import Progress
 
 if TYPE_CHECKING:
-    from medvae.audit.shadow_recipe import ClosedForm
+    from medvae.audit.shadow_recipe import ClosedForm, Deep
     from medvae.types import FloatArray
 
 T = TypeVar("T")
@@ -51,6 +53,45 @@ class Clock:
         return tell
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What membership attacks stand on: the people, and how shadows of the audited run are trained on them.
+
+    full: cosine coefficients of the pool's scans; full and closed are None where the run has no closed form, deep
+    where it has no DP-SGD.
+    """
+
+    pool: Pool
+    recipe: Recipe
+    full: FloatArray | None
+    closed: ClosedForm | None
+    deep: Deep | None
+
+
+def few_people(case: Case) -> str:
+    """Say why membership attacks can't be measured on so few patients, or return an empty string."""
+    fewest = min(len(case.members.patients), len(case.others.patients))
+    if fewest >= membership.MIN_PATIENTS:
+        return ""
+    return f"not measurable: {fewest} patients on one side, needs at least {membership.MIN_PATIENTS}"
+
+
+def ground_of(case: Case) -> Ground:
+    """Prepare the people and the trainers of shadows."""
+    pool = make_pool(case.members, case.others, case.effort.judged, case.rng(3))
+    recipe: Recipe = build(Recipe, **case.release.card["recipe"])
+    full: FloatArray | None = None
+    closed: ClosedForm | None = None
+    if "linear.mean_map" in case.release.weights:
+        from medvae.audit import closed_form_attack
+        from medvae.audit.linear_scores import cosines
+
+        full = cosines(pool.scans.x)
+        closed = closed_form_attack.prepare(pool, full, recipe, _noise(case, pool, recipe), case.config.seed)
+    deep = _deep_trainer(case, pool, recipe, closed) if recipe.dpsgd.enabled is not False else None
+    return Ground(pool, recipe, full, closed, deep)
+
+
 def privacy_part(case: Case, progress: Progress | None = None) -> Part:
     """Membership attacks with baseline and controls, copies, attribute risks, then the diagnostics."""
     clock = Clock(progress)
@@ -60,15 +101,13 @@ def privacy_part(case: Case, progress: Progress | None = None) -> Part:
         Part(tuple(clock.time("diagnostics", lambda: diagnostics(case)))),
     ]
     clock.between(0, 20)(1, 1)
-    fewest = min(len(case.members.patients), len(case.others.patients))
-    if fewest < membership.MIN_PATIENTS:
-        reason = f"not measurable: {fewest} patients on one side, needs at least {membership.MIN_PATIENTS}"
+    if reason := few_people(case):
         return _together(verdicts.nothing(reason), *rest, seconds=clock.seconds)
     blind = clock.time("blind baseline", lambda: _blind(case))
-    pool = make_pool(case.members, case.others, case.effort.judged, case.rng(3))
-    families, shadows = _families(case, pool, clock)
+    ground = clock.time("shadows", lambda: ground_of(case))
+    families, shadows = _families(case, ground, clock)
     measured = verdicts.membership_part(case, families, blind, primary_of(families), shadows)
-    measured = _together(measured, verdicts.subgroup_part(case, families, primary_of(families), pool))
+    measured = _together(measured, verdicts.subgroup_part(case, families, primary_of(families), ground.pool))
     return _together(measured, *rest, seconds=clock.seconds)
 
 
@@ -78,26 +117,21 @@ def primary_of(families: Mapping[str, Family]) -> str | None:
     return next((name for name in PRIMARIES if name in made), None)
 
 
-def _families(case: Case, pool: Pool, clock: Clock) -> tuple[dict[str, Family], list[Shadows]]:
+def _families(case: Case, ground: Ground, clock: Clock) -> tuple[dict[str, Family], list[Shadows]]:
     """Run every family of attacks that the audited model allows."""
-    recipe: Recipe = build(Recipe, **case.release.card["recipe"])
-    deep, linear = recipe.dpsgd.enabled is not False, "linear.mean_map" in case.release.weights
+    pool, full, closed, deep = ground.pool, ground.full, ground.closed, ground.deep
     control = control_pool(pool, case.effort.control_patients, case.rng(4))
     seed, effort = case.config.seed, case.effort
     families: dict[str, Family] = {}
     trained: list[Shadows] = []
-    trainer: ClosedForm | None = None
-    if linear:
-        from medvae.audit import closed_form_attack
-        from medvae.audit.linear_scores import cosines
-
-        full = clock.time("shadows", lambda: cosines(pool.scans.x))
-        trainer = closed_form_attack.prepare(pool, full, recipe, _noise(case, pool, recipe), seed)
-        shadows = clock.time("shadows", lambda: _closed_shadows(case, pool, trainer, clock.between(20, 60)))
+    if full is not None and closed is not None:
+        shadows = clock.time("shadows", lambda: _closed_shadows(case, pool, closed, clock.between(20, 60)))
         trained.append(shadows)
-        families["closed form"] = clock.time("white-box", lambda: _closed(case, pool, full, recipe, shadows, control))
-    if deep:
-        whole = clock.time("shadows", lambda: _whole_shadows(case, pool, recipe, trainer, clock.between(60, 85)))
+        families["closed form"] = clock.time(
+            "white-box", lambda: _closed(case, pool, full, ground.recipe, shadows, control)
+        )
+    if deep is not None:
+        whole = clock.time("shadows", lambda: _whole_shadows(case, pool, deep, clock.between(60, 85)))
         trained.append(whole)
         families["vae"] = clock.time("white-box", lambda: _deep(case, pool, whole, control))
     from medvae.audit import synthetic_attack
@@ -137,13 +171,14 @@ def _facts(case: Case, kind: str) -> dict[str, Any]:
     return {"kind": kind, "seed": config.seed, "patients": patients, "judged": judged, **model}
 
 
-def _folder(case: Case, kind: str) -> Any:
+def shadow_folder(case: Case, kind: Literal["closed form", "whole"]) -> Path | None:
+    """Return the folder of the shadows of this kind, where shadows are kept."""
     return None if case.folder is None else folder_of(case.folder, _facts(case, kind))
 
 
-def _closed_shadows(case: Case, pool: Pool, trainer: Any, progress: Progress) -> Shadows:
+def _closed_shadows(case: Case, pool: Pool, trainer: ClosedForm, progress: Progress) -> Shadows:
     included = splits(strata(pool.scans), pool.seen, case.effort.closed_shadows, case.config.seed)
-    folder = _folder(case, "closed form")
+    folder = shadow_folder(case, "closed form")
     return run_shadows(trainer, included, folder, cluster=case.config.cluster, progress=progress)
 
 
@@ -153,16 +188,23 @@ def _closed(case: Case, pool: Pool, full: FloatArray, recipe: Recipe, shadows: S
     return family(pool, full, recipe, case.release.weights, shadows, control, case.config.seed)
 
 
-def _whole_shadows(case: Case, pool: Pool, recipe: Recipe, trainer: Any, progress: Progress) -> Shadows:
-    from medvae.audit.deep_attack import shadow_models, trainer_of
+def _deep_trainer(case: Case, pool: Pool, recipe: Recipe, closed: ClosedForm | None) -> Deep:
+    from medvae.audit.deep_attack import trainer_of
     from medvae.dp.staging import DPSGD
 
     noise = [float(m["event"]["noise_multiplier"]) for m in case.claim["mechanisms"] if m["name"] == DPSGD]
-    private, effort = case.claim["epsilon"] is not None, case.effort
-    if effort.deep_shadows and (recipe.dpsgd.steps is None or recipe.dpsgd.sample_rate is None):
+    private = case.claim["epsilon"] is not None
+    draws, seed = case.effort.draws, case.config.seed
+    return trainer_of(pool, recipe, noise[0] if noise else 0.0, private, closed, draws, seed)
+
+
+def _whole_shadows(case: Case, pool: Pool, deep: Deep, progress: Progress) -> Shadows:
+    from medvae.audit.deep_attack import shadow_models
+
+    effort = case.effort
+    if effort.deep_shadows and (deep.recipe.dpsgd.steps is None or deep.recipe.dpsgd.sample_rate is None):
         return Shadows(np.zeros((0, len(pool.member)), dtype=bool), [], 0, 0, 0, 0.0, "the recipe is not resolved")
-    deep = trainer_of(pool, recipe, noise[0] if noise else 0.0, private, trainer, effort.draws, case.config.seed)
-    folder = _folder(case, "whole")
+    folder = shadow_folder(case, "whole")
     return shadow_models(deep, pool, effort.deep_shadows, effort.deep_minutes, folder, case.config.cluster, progress)
 
 

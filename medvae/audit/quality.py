@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from medvae.audit import fidelity, radiomics, utility
-from medvae.audit.case import Case, Figure, Part, finding
+from medvae.audit.case import Case, Figure, Part, finding, seconds_of
 from medvae.audit.embedding import embed
 from medvae.audit.fidelity import Group
 from medvae.audit.intervals import Estimate
@@ -15,6 +15,8 @@ from medvae.types import Condition, Finding
 
 TOO_FEW = 4
 PLANE, VOLUME, SEGMENTED_VOLUME = 64, 32, 48
+# Learners that utility_part trains, and the steps by which their cost is foretold.
+CLASSIFIERS, SEGMENTERS, LOOK = 4, 2, 4
 
 
 def matched(made: Scans, real: Scans) -> Ints:
@@ -121,6 +123,25 @@ def utility_part(case: Case) -> Part:
     if case.made.space.mask_labels:
         findings += _segmentation(case, budget)
     return Part(tuple(findings))
+
+
+def learners_seconds(case: Case) -> float:
+    """Estimate what the learners of `utility_part` take, from a few steps of one of each kind on synthetic scans."""
+    made, effort = case.made.take(np.arange(min(len(case.made), utility.BATCH))), case.effort
+    look = utility.Budget(LOOK, case.config.confidence, 1, case.config.seed)
+    first_class = next((c for c in made.space.conditions if c.kind == "class" and len(c.classes) > 1), None)
+    seconds = 0.0
+    if first_class is not None:
+        few = _small(made, VOLUME)
+        once = seconds_of(lambda: utility.classify(few, few.take(np.arange(2)), first_class, look))
+        seconds += CLASSIFIERS * once / LOOK * effort.classifier_steps
+    if made.space.mask_labels:
+        few = _small(made, SEGMENTED_VOLUME)
+        one = few.take(np.arange(1))
+        utility.segment(few, one, utility.Budget(1, look.confidence, 1, look.seed))  # the first loads MONAI
+        once = seconds_of(lambda: utility.segment(few, one, look))
+        seconds += SEGMENTERS * once / LOOK * effort.segmenter_steps
+    return seconds
 
 
 def _small(scans: Scans, volume: int) -> Scans:

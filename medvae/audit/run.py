@@ -20,8 +20,16 @@ SCHEMA = "medvae.audit/1"
 SHADOWS = "shadows"
 
 
-def audit(run: Path, out: Path, config: AuditConfig, progress: Progress | None = None) -> dict[str, Any]:
+def audit(
+    run: Path,
+    out: Path,
+    config: AuditConfig,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Audit a finished run and write OUT/internal/audit.json and OUT/public/audit.json; return the internal one.
+
+    note: is told, before the attacks begin, what a tier without a bound in time will cost on this machine.
 
     The public report holds only what the claim says and what the released model alone shows; it does not depend on
     a single real scan, which tests/audit/test_audit_run.py checks byte by byte.
@@ -39,6 +47,10 @@ def audit(run: Path, out: Path, config: AuditConfig, progress: Progress | None =
         store = open_store(run, privacy, release.space)
         shadows = run / "private" / SHADOWS
         case = _material(release, store, make_claim(privacy, release.card), config, shadows, tell)
+        if note is not None and case.effort.deep_minutes is None:
+            from medvae.audit.forecast import forecast, in_words
+
+            note(in_words(config.tier, forecast(case)))
         parts = _measure(case, tell)
         recipe = build(Recipe, **release.card["recipe"])
         internal, public = reports(case.claim, parts, config, untested(recipe))

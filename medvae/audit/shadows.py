@@ -91,9 +91,9 @@ def run_shadows(
     Ray cluster ("local": Ray on this machine). A shadow whose numbers are not finite counts as failed.
     """
     began = time.monotonic()
-    held = {i: a for i in range(len(included)) if (a := _read(folder, i, included[i])) is not None}
-    resumed, failed = len(held), 0
-    missing = [i for i in range(len(included)) if i not in held]
+    done = {i: a for i in range(len(included)) if (a := _read(folder, i, included[i])) is not None}
+    resumed, failed = len(done), 0
+    missing = [i for i in range(len(included)) if i not in done]
     groups = [missing[i : i + group] for i in range(0, len(missing), group)]
     if progress is not None:
         progress(resumed, len(included))
@@ -102,14 +102,14 @@ def run_shadows(
             if not arrays or not all(np.isfinite(a).all() for a in arrays.values()):
                 failed += 1
                 continue
-            held[i] = arrays
+            done[i] = arrays
             _write(folder, i, included[i], arrays)
         if progress is not None:
-            progress(len(held) + failed, len(included))
-    order = sorted(held)
+            progress(len(done) + failed, len(included))
+    order = sorted(done)
     words = f"{failed} of {len(included)} shadow models failed and are left out" if failed else ""
     seconds = time.monotonic() - began
-    return Shadows(included[order], [held[i] for i in order], len(included), failed, resumed, seconds, words)
+    return Shadows(included[order], [done[i] for i in order], len(included), failed, resumed, seconds, words)
 
 
 def _trained(
@@ -156,6 +156,11 @@ def _ray(address: str) -> Any:
                 "no Ray cluster answers at the address given: start one, or leave --cluster out"
             ) from None
     return ray
+
+
+def held(folder: Path | None, included: Bools) -> int:
+    """Return how many of these shadows the folder holds already."""
+    return sum(_read(folder, i, row) is not None for i, row in enumerate(included))
 
 
 def folder_of(root: Path, facts: Mapping[str, Any]) -> Path | None:

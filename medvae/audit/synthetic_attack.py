@@ -13,7 +13,7 @@ from medvae.audit.embedding import embed
 from medvae.audit.membership import Scores
 from medvae.audit.shadow_recipe import SCORE
 from medvae.audit.shadows import Shadows, splits
-from medvae.types import ModelRelease, Progress
+from medvae.types import ImageSpace, ModelRelease, Progress
 
 CONTROL_GENERATORS = 4
 CONTROL_NOISE = 0.05
@@ -44,7 +44,7 @@ def family(
     many reference generators), in 3D.
     """
     judged = pool.only_judged()
-    wanted = sizes[0] * (IN_2D if release.space.spatial_dims == 2 else 1)
+    wanted = wanted_scans(release.space, sizes[0])
     references = min(sizes[1], len(shadows))
     total, done = max(0, wanted - len(made)) + references * wanted, 0
 
@@ -66,6 +66,11 @@ def family(
     scores = synthetic_only.scores(embed(judged.scans.images), own, others, shadows.included[:references][:, rows])
     leaky = {} if control is None else _control(control, seed)
     return Family("synthetic-only", SYNTHETIC_ONLY, _by_patient(scores, judged), leaky, CONTROL_IS)
+
+
+def wanted_scans(space: ImageSpace, volumes: int) -> int:
+    """Return how many synthetic scans of a generator the attacks get: as many volumes, or five times as many images."""
+    return volumes * (IN_2D if space.spatial_dims == 2 else 1)
 
 
 def _release_of(release: ModelRelease, arrays: Mapping[str, np.ndarray]) -> ModelRelease:
