@@ -1,13 +1,19 @@
 """The zoo of broken builds as a table: which check finds each, and with what probability. Writes docs/audit-zoo.md.
 
-python pipelines/benchmarks/zoo.py --simulated 300 --real 20 --out docs/audit-zoo.md
+    python pipelines/benchmarks/zoo.py --simulated 300 --real 20 --runs zoo.jsonl --out docs/audit-zoo.md
+
+Real trainings are written to --runs as they end, and those that are there are not made again, so a stopped command is
+simply given again. Keep no such file over a change of the code.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,14 +57,16 @@ def main() -> None:
     parser.add_argument("--simulated", type=int, default=300)
     parser.add_argument("--real", type=int, default=20)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="only these, without the head")
+    parser.add_argument("--runs", type=Path, help="file of real trainings, one a line, that grows and is gone on with")
     parser.add_argument("--out", type=Path, help="write the page here too, say to docs/audit-zoo.md")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    runs = Runs(asked.runs)
     makers = {
-        "canaries": lambda: _canaries(asked.real, asked.simulated),
-        "patterns": lambda: _patterns(asked.real),
+        "canaries": lambda: _canaries(runs, asked.real, asked.simulated),
+        "patterns": lambda: _patterns(runs, asked.real),
         "other": _others,
-        "right": lambda: _right(asked.real, asked.simulated),
+        "right": lambda: _right(runs, asked.real, asked.simulated),
     }
     head = _head(asked.real, asked.simulated) if set(asked.tables) == set(TABLES) else ""
     text = head + "\n".join(makers[name]() for name in TABLES if name in asked.tables)
@@ -67,20 +75,41 @@ def main() -> None:
     print(text)
 
 
-def _canaries(real: int, simulated: int) -> str:
+class Runs:
+    """Outcomes of real trainings by the name of their build, kept in a file where one is given."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._known = path, dict[str, list[Outcome]]()
+        for line in path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else ():
+            found = json.loads(line)
+            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in found["outcome"].items()}
+            self._known.setdefault(found["build"], []).append(Outcome(**lists))
+
+    def of(self, name: str, train: Callable[[], Outcome], count: int) -> list[Outcome]:
+        """Return so many outcomes of a build; those that are missing are made now."""
+        outcomes = self._known.setdefault(name, [])
+        while len(outcomes) < count:
+            outcomes.append(train())
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"build": name, "outcome": asdict(outcomes[-1])}) + "\n")
+        return outcomes[:count]
+
+
+def _canaries(made: Runs, real: int, simulated: int) -> str:
     rows = []
     for build in track([b for b in ALL if b.finder != "patterns"], "canaries"):
         sims = [simulate(build.sim) for _ in range(simulated)] if build.sim is not None else []
-        runs = [_train(build) for _ in range(real)]
+        runs = made.of(build.name, partial(_train, build), real)
         rows.append([build.name, build.finder, *_shares(runs)[:2], *_shares(sims)[:2], _refused(build)])
     columns = ["Meant for", "Real: scores", "conformance", "Simulated: scores", "conformance", "Before training"]
     return "## Found by canaries\n\n" + _lines(["Broken build", *columns], rows)
 
 
-def _patterns(real: int) -> str:
+def _patterns(made: Runs, real: int) -> str:
     rows = []
     for build in track([b for b in ALL if b.finder == "patterns"], "patterned patients"):
-        scores, conformance, patterns = _shares([_train(build) for _ in range(real)])
+        scores, conformance, patterns = _shares(made.of(build.name, partial(_train, build), real))
         rows.append([build.name, patterns, scores, conformance, _refused(build)])
     head = ["Broken build", "Real: patterns", "scores", "conformance", "Before training"]
     return "## Found by patterned patients\n\n" + _lines(head, rows)
@@ -119,11 +148,11 @@ def _others() -> str:
     return "## Found by other checks\n\n" + _lines(["Broken build", "Check", "Broken", "Right"], rows)
 
 
-def _right(real: int, simulated: int) -> str:
+def _right(made: Runs, real: int, simulated: int) -> str:
     kinds = {
         "simulated DP-SGD": [simulate() for _ in range(max(1000, simulated))],
-        "real DP-SGD": [world.train_dpsgd() for _ in range(max(50, real))],
-        "real releases": [world.train_moments() for _ in range(max(50, real))],
+        "real DP-SGD": made.of("right, DP-SGD", world.train_dpsgd, max(50, real)),
+        "real releases": made.of("right, releases", world.train_moments, max(50, real)),
     }
     rows = []
     for name, runs in kinds.items():
