@@ -5,6 +5,8 @@ from measures.augmentation import AUGMENTATION
 from measures.disentanglement import DISENTANGLEMENT
 from measures.downstream import DENOISING, LABELS, USES
 from measures.reconstruction import RECONSTRUCTION
+from measures.regression import REGRESSION
+from measures.smoothness import SMOOTHNESS
 from measures.variants import ATTENTION, GAN, SRL
 
 MEASURES = (
@@ -14,8 +16,10 @@ MEASURES = (
     TEXTURE,
     DISENTANGLEMENT,
     AUGMENTATION,
+    REGRESSION,
     DENOISING,
     USES,
+    SMOOTHNESS,
     LABELS,
     ATTENTION,
     SRL,

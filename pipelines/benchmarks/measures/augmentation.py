@@ -38,6 +38,16 @@ def run(case: Case, seed: int, work: Work) -> dict[str, float]:
     return {"balanced accuracy": float(balanced_accuracy_score(truth, judge.predict(embed(test.x[:, 0]))))}
 
 
+def turned(images: Images, rng: np.random.Generator) -> Images:
+    """Return images (N, h, w) each shifted and turned a little, as is usual."""
+    moved = [
+        ndimage.rotate(ndimage.shift(image, rng.normal(0, 1.5, 2), mode="nearest", order=1), rng.normal(0, 7),
+                       reshape=False, mode="nearest", order=1)
+        for image in images
+    ]  # fmt: skip
+    return np.stack(moved).astype(np.float32)
+
+
 def _added(case: Case, seed: int, rare: Images, count: int, folder: object) -> Images:
     rng = np.random.default_rng(seed + 1)
     if case["remedy"] == "none":
@@ -46,12 +56,7 @@ def _added(case: Case, seed: int, rare: Images, count: int, folder: object) -> I
     if case["remedy"] == "oversampling":
         return again
     if case["remedy"] == "shifts and turns":
-        turned = [
-            ndimage.rotate(ndimage.shift(image, rng.normal(0, 1.5, 2), mode="nearest", order=1), rng.normal(0, 7),
-                           reshape=False, mode="nearest", order=1)
-            for image in again
-        ]  # fmt: skip
-        return np.stack(turned).astype(np.float32)
+        return turned(again, rng)
     model = MADE.get(case["remedy"])
     recipe = {} if model is None else network(case["epsilon"], model, COMMON)
     release = fit(folder, recipe, case["epsilon"], seed).release  # type: ignore[arg-type]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from leaderboard.rows import ROWS, _from_idx
+from PIL import Image
 
 from medvae.config import IngestConfig, build
 from medvae.synth.phantom import make_phantom
@@ -69,6 +71,16 @@ def pneumonia(data: Path) -> dict[str, Images]:
             for part, to in (("train", "train"), ("val", "test"))
             for kind, tail in (("images", (28, 28)), ("labels", ()))
         }
+
+
+def write_folder(folder: Path, images: Images, column: str, values: Sequence[str]) -> None:
+    """Write uint8 images (N, h, w) as PNG, one a patient, with a table of one condition; "" is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"patient_id,file,{column}"]
+    for i, (image, value) in enumerate(zip(images, values, strict=True)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+        rows.append(f"{i},{i}.png,{value}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
 def hippocampus(data: Path, work: Path, seed: int) -> tuple[Path, CohortStore]:

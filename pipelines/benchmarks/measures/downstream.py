@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -15,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from measures.cells import Case, Measure, Work
-from measures.data import Images, cohort, mnist_part, pneumonia, rows_of, split
+from measures.data import Images, cohort, mnist_part, pneumonia, rows_of, split, write_folder
 from measures.reconstruction import recipe as reconstruction_recipe
 from measures.training import fit, means, network, rebuilt
 from medvae.config import IngestConfig, build
@@ -90,7 +88,8 @@ def run_labels(case: Case, seed: int, work: Work) -> dict[str, float]:
     folder = work.out / "cohorts" / f"few-labels-{seed}"
     if not folder.exists():
         source = work.out / "sources" / folder.name
-        _write(source, images, labels)
+        known = [str(labels[i]) if i < LABELLED else "" for i in range(SCANS)]
+        write_folder(source, images, "finding", known)
         options: dict[str, Any] = {
             "conditions": ("finding=0|1|missing",),
             "missing": "class",
@@ -108,16 +107,6 @@ def run_labels(case: Case, seed: int, work: Work) -> dict[str, float]:
     with torch.inference_mode():
         guess = model.label_probabilities(torch.from_numpy(held[:, None])).argmax(1).numpy()
     return {"balanced accuracy": float(balanced_accuracy_score(truth, guess))}
-
-
-def _write(folder: Path, images: Images, labels: Images) -> None:
-    """Write images as PNG with a table, in which all but the first labels are missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = ["patient_id,file,finding"]
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i}.png")
-        rows.append(f"{i},{i}.png,{labels[i] if i < LABELLED else ''}")
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
 USES = Measure(
