@@ -29,7 +29,7 @@ from medvae.dp.noise import NoiseSource
 from medvae.dp.onerun import Floats
 from medvae.dp.walks import COARSE_TOLERANCE, TOLERANCE, WalkWatch
 from medvae.errors import RunError
-from medvae.train import moments
+from medvae.train import noisy_sums
 from medvae.train.gradient import Compute, PlainSampler
 from medvae.train.mixture import Grouped
 from medvae.train.optimizer import PatientDPOptimizer
@@ -232,9 +232,9 @@ class ReleaseWalks:
 
     def walk(self, name: str, contribution: Callable[[Batch], Tensor | Grouped], noise_multiplier: float) -> None:
         """Release the patterned patients' sum, without noise and with it, as the patients' was released."""
-        scans = moments.Pass(self.patterns.store, self.patterns.patients)
+        scans = noisy_sums.Pass(self.patterns.store, self.patterns.patients)
         bare, noised = (
-            moments.noisy_sum(scans, contribution, z, self._source, name, None) for z in (0.0, noise_multiplier)
+            noisy_sums.noisy_sum(scans, contribution, z, self._source, name, None) for z in (0.0, noise_multiplier)
         )
         rows = np.arange(len(self.patterns.patient))
         truths = [_average(contribution, self.patterns.truth(int(p), rows)) for p in self.patterns.patients]

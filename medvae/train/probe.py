@@ -17,7 +17,8 @@ from medvae.nets.build import build_model
 from medvae.train.engine.memory import peak_bytes
 from medvae.train.gradient import PlainSampler
 from medvae.train.loop import make_engine
-from medvae.train.moments import CHUNK_VOXELS, fit_moments
+from medvae.train.moments import fit_moments
+from medvae.train.noisy_sums import CHUNK_VOXELS
 from medvae.train.optimizer import PatientDPOptimizer, average_weights, inner_optimizer
 from medvae.train.patterns import walk_steps
 from medvae.train.planning import TrainPlan, moment_shapes

@@ -34,7 +34,7 @@ from medvae.train.canary import RunCanaries
 from medvae.train.checkpoint import load_checkpoint, save_checkpoint
 from medvae.train.loop import train_dpsgd
 from medvae.train.mixture import Grouped, fit_mixture, release_names
-from medvae.train.moments import Pass, ScanSource, noisy_sum
+from medvae.train.noisy_sums import Pass, ScanSource, noisy_sum
 from medvae.train.randomness import Randomness
 from medvae.train.sampler import PatientSampler, Scans
 from medvae.types import Batch, FloatArray, ImageSpace

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from medvae.config import TrainConfig, build
+from medvae.synth.store import read_release
 from medvae.types import Condition, ImageSpace, Intensity
 from medvae.vault.store import SCHEMA, CohortWriter
 
@@ -51,3 +53,15 @@ def small_config(steps: int = 6, **changes: object) -> TrainConfig:
     values = {"dp_epsilon": 8.0, "recipe": recipe, "noise_source": "seeded", "threads": 1, "device": "cpu"}
     config: TrainConfig = build(TrainConfig, **{**values, **changes})
     return config
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return dict(read_release(run / "model").weights)
+
+
+def same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+class Stop(Exception):
+    """Raised to end a training midway."""

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from small_cohort import small_config, write_cohort
+from small_cohort import Stop, small_config, write_cohort
 
 import medvae.train.claim
 import medvae.train.engine.module
@@ -47,10 +47,6 @@ from medvae.types import Batch
 from medvae.vault.store import open_cohort
 
 Task = Mapping[str, Any]
-
-
-class Stop(Exception):
-    pass
 
 
 def work(folder: Path, task: Task) -> dict[str, Any]:

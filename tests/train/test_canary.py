@@ -10,20 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_cohort import small_config, write_cohort
+from small_cohort import Stop, small_config, write_cohort
 
 from medvae.config import TrainConfig
 from medvae.dp.canaries import Commitment, judge
 from medvae.dp.ledger import Ledger
 from medvae.errors import RunError
 from medvae.schemas import problem
-from medvae.train import loop, moments
+from medvae.train import loop, noisy_sums
 from medvae.train.run import train
 from medvae.types import Mechanism
-
-
-class Stop(Exception):
-    pass
 
 
 def config(count: int = 24, **changes: object) -> TrainConfig:
@@ -85,8 +81,8 @@ def test_canaries_change_no_sum_of_the_model(cohort: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(loop.PatientSampler, "draw_patients", draw_alike)
     monkeypatch.setattr(loop.PatientDPOptimizer, "add_noise", no_noise)
-    original = moments.noisy_sum
-    monkeypatch.setattr(moments, "noisy_sum", lambda s, c, z, n, *rest: original(s, c, 0.0, n, *rest))
+    original = noisy_sums.noisy_sum
+    monkeypatch.setattr(noisy_sums, "noisy_sum", lambda s, c, z, n, *rest: original(s, c, 0.0, n, *rest))
     weights = []
     for count in (0, 60):
         seen: list[int] = []

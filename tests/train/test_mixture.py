@@ -15,9 +15,10 @@ from medvae.dp.noise import seeded_noise
 from medvae.errors import ConfigError
 from medvae.nets.linear import LinearPart, cosine_matrix
 from medvae.nets.mixture import MixturePart, MixtureShapes, cell_count, cell_of
-from medvae.train import mixture, moments
+from medvae.train import mixture, noisy_sums
 from medvae.train.mixture import Grouped, release_names
-from medvae.train.moments import MomentShapes, fit_moments, grouped_sum
+from medvae.train.moments import MomentShapes, fit_moments
+from medvae.train.noisy_sums import grouped_sum
 from medvae.train.planning import make_plan, moment_shapes
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
@@ -169,7 +170,7 @@ def test_switching_the_mixture_off_gives_its_budget_to_the_others():
 def test_a_chunk_of_any_size_gives_the_same_mixture(monkeypatch):
     source = two_kinds_of_each(60)
     whole = fitted(source, SHAPES, 0.0)
-    monkeypatch.setattr(moments, "CHUNK_VOXELS", 7 * 256)
+    monkeypatch.setattr(noisy_sums, "CHUNK_VOXELS", 7 * 256)
     parts = fitted(source, SHAPES, 0.0)
     torch.testing.assert_close(parts.mixture.means, whole.mixture.means, atol=1e-4, rtol=1e-4)
 

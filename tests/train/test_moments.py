@@ -14,8 +14,9 @@ from medvae.dp.noise import seeded_noise
 from medvae.nets.linear import LinearPart, shells
 from medvae.nets.mixture import MixtureShapes
 from medvae.synth.phantom import make_phantom
-from medvae.train import denoise, moments
-from medvae.train.moments import RELEASES, MomentShapes, Pass, clip_rows, fit_moments, noisy_sum, patient_average
+from medvae.train import denoise, noisy_sums
+from medvae.train.moments import RELEASES, MomentShapes, fit_moments
+from medvae.train.noisy_sums import Pass, clip_rows, noisy_sum, patient_average
 from medvae.train.occupancy import smooth_occupancy
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
@@ -78,7 +79,7 @@ def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme, masks, shapes)
     source = cohort(seed, extreme=extreme, masks=masks)
     everyone = np.unique(source.patient)
     worst: list[float] = []
-    original = moments.noisy_sum
+    original = noisy_sums.noisy_sum
 
     def check(scans, contribution, noise_multiplier, noise, *_):
         full = original(scans, contribution, 0.0, noise)
@@ -88,10 +89,10 @@ def test_one_patient_moves_no_sum_by_more_than_one(seed, extreme, masks, shapes)
         return full
 
     try:
-        moments.noisy_sum = check
+        noisy_sums.noisy_sum = check
         fit_moments(source, everyone, dict.fromkeys(shapes.releases, 0.0), shapes, noise=Silent())
     finally:
-        moments.noisy_sum = original
+        noisy_sums.noisy_sum = original
     assert len(worst) == 4 * len(shapes.releases)
     # A float64 sum over a dozen patients keeps at least twelve digits.
     assert max(worst) <= 1 + 1e-9
@@ -122,7 +123,7 @@ def test_a_row_that_is_not_finite_counts_as_zero(bad):
 
 def test_chunks_hold_whole_patients_and_miss_none(monkeypatch):
     source = cohort(3, patients=20)
-    monkeypatch.setattr(moments, "CHUNK_VOXELS", 5 * 2 * 12 * 10)
+    monkeypatch.setattr(noisy_sums, "CHUNK_VOXELS", 5 * 2 * 12 * 10)
     batches = list(Pass(source, np.unique(source.patient)))
     assert len(batches) > 3
     seen = [set(b.patient.tolist()) for b in batches]
@@ -207,17 +208,17 @@ def test_all_but_the_releases_is_post_processing(monkeypatch, shapes, masks):
     """Other scans under the same released numbers: the same model, bit by bit."""
     first, other = cohort(1, masks=masks), cohort(2, masks=masks)
     released: list[np.ndarray] = []
-    original = moments.noisy_sum
+    original = noisy_sums.noisy_sum
 
     def record(*args):
         released.append(original(*args))
         return released[-1]
 
     noise = dict.fromkeys(shapes.releases, 0.3)
-    monkeypatch.setattr(moments, "noisy_sum", record)
+    monkeypatch.setattr(noisy_sums, "noisy_sum", record)
     expected = fit_moments(first, np.arange(12), noise, shapes, noise=seeded_noise(0))
     replayed = iter(released)
-    monkeypatch.setattr(moments, "noisy_sum", lambda *_: next(replayed))
+    monkeypatch.setattr(noisy_sums, "noisy_sum", lambda *_: next(replayed))
     found = fit_moments(other, np.arange(12), noise, shapes, noise=seeded_noise(1))
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, found.state_dict()[name]), name
@@ -243,7 +244,7 @@ def test_whether_images_are_shapes_is_read_off_a_charged_release(grey, sigma, fo
 
 
 def test_the_answer_follows_the_released_number_and_not_the_scans(monkeypatch):
-    original = moments.noisy_sum
+    original = noisy_sums.noisy_sum
 
     def planted(*args):
         out = original(*args)
@@ -251,7 +252,7 @@ def test_the_answer_follows_the_released_number_and_not_the_scans(monkeypatch):
             out[-1] = 400.0
         return out
 
-    monkeypatch.setattr(moments, "noisy_sum", planted)
+    monkeypatch.setattr(noisy_sums, "noisy_sum", planted)
     noise = dict.fromkeys(SHAPES.releases, 1.0)
     part = fit_moments(shapes_of(400, 0.0), np.arange(400), noise, SHAPES, noise=seeded_noise(3))
     assert not bool(part.two_valued)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_cohort import small_config, write_cohort
+from small_cohort import Stop, same, small_config, weights, write_cohort
 
 from medvae.config import TrainConfig, build
 from medvae.crosscheck import agree
@@ -30,9 +30,9 @@ from medvae.nets.teacher import Teacher
 from medvae.schemas import problem
 from medvae.synth.sample import generate, spread_conditions
 from medvae.synth.store import read_release
-from medvae.train import moments, stages
+from medvae.train import moments, noisy_sums, stages
 from medvae.train.loop import make_engine
-from medvae.train.moments import noisy_sum
+from medvae.train.noisy_sums import noisy_sum
 from medvae.train.planning import TrainPlan, make_plan
 from medvae.train.run import train
 from medvae.train.stages import CodeSource, Stage, prior_releases
@@ -50,18 +50,6 @@ EVERYTHING = {**PRETRAINED, **FLOW, **TEACHER}
 def config_with(changes: Mapping[str, Any], **more: Any) -> TrainConfig:
     recipe = {**small_config().recipe.model_dump(), **changes}
     return small_config(recipe=recipe, **more)
-
-
-def weights(run: Path) -> dict[str, np.ndarray]:
-    return dict(read_release(run / "model").weights)
-
-
-def same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
-
-
-class Stop(Exception):
-    pass
 
 
 # --- sensitivity, by adding and removing one patient ---
@@ -129,7 +117,7 @@ def test_a_patient_moves_each_release_of_a_prior_by_at_most_one(scans: int, size
 
 def test_the_bound_on_a_prior_is_nearly_reached_and_a_missing_clip_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(worst_gap(1, 100.0, seed) for seed in range(1, 5)) > 0.95
-    monkeypatch.setattr(moments, "clip_rows", lambda v, _r: v)
+    monkeypatch.setattr(noisy_sums, "clip_rows", lambda v, _r: v)
     assert max(worst_gap(1, 100.0, seed, clipped=False) for seed in range(1, 5)) > 10
 
 
@@ -388,7 +376,7 @@ def test_counts_of_labels_are_noisy_in_every_release(
         return found
 
     monkeypatch.setattr(stages, "noisy_sum", spy)
-    monkeypatch.setattr(moments, "noisy_sum", spy)
+    monkeypatch.setattr(noisy_sums, "noisy_sum", spy)
     closed = {"mixture": {"enabled": True, "components": 1, "box": (2, 2)}}
     changes = {**GAUSSIAN, **closed, "canaries": {"enabled": False}}
     train(cohort, tmp_path / "run", config_with(changes))

@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise_check import has_planned_noise
 from safetensors.numpy import load_file
-from small_cohort import small_config, write_cohort
+from small_cohort import small_config, weights, write_cohort
 
 from medvae.dp.ledger import Ledger
 from medvae.nets.build import build_model
-from medvae.synth.store import read_release
 from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.engine.tuner import Tuner
@@ -66,10 +65,6 @@ def run_teams(folder: Path, tasks: list[dict[str, Any]], timeout: float = 540) -
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return {task.get("as", task["name"]): r for task, r in zip(tasks, json.loads(done.stdout), strict=True)}
-
-
-def weights(run: Path) -> dict[str, np.ndarray]:
-    return dict(read_release(run / "model").weights)
 
 
 def distance(a: Path, b: Path) -> float:

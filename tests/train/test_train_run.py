@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_cohort import small_config, write_cohort
+from small_cohort import Stop, same, small_config, weights, write_cohort
 
 from medvae.dp.accounting import pld_epsilon
 from medvae.dp.ledger import Ledger
@@ -21,18 +21,6 @@ from medvae.synth.store import read_release
 from medvae.train import run as train_run
 from medvae.train.run import train
 from medvae.types import Mechanism
-
-
-def weights(run: Path) -> dict[str, np.ndarray]:
-    return dict(read_release(run / "model").weights)
-
-
-def same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
-
-
-class Stop(Exception):
-    pass
 
 
 def stop_at(step: int) -> object:

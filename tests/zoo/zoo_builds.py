@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from medvae.dp.noise import NoiseSource
-from medvae.train import loop, moments
+from medvae.train import loop, noisy_sums
 from medvae.train.canary import PhantomLoss
 from medvae.train.engine import module
 from medvae.train.optimizer import PatientDPOptimizer
@@ -220,14 +220,14 @@ def _scan_twice(mp: pytest.MonkeyPatch) -> None:
 
 def _noise_behind_the_release(mp: pytest.MonkeyPatch) -> None:
     """Noise on the canaries' coordinates alone."""
-    original = moments.noisy_sum
+    original = noisy_sums.noisy_sum
 
     def noisy_sum(scans: Any, contribution: Any, noise: float, source: Any, name: str, canaries: Any) -> Any:
         seen = 0 if canaries is None else len(canaries._coins)
         late = _Other(source, lambda s, n: np.concatenate([np.zeros(n - seen), s.normal(seen)]))
         return original(scans, contribution, noise, late, name, canaries)
 
-    mp.setattr(moments, "noisy_sum", noisy_sum)
+    mp.setattr(noisy_sums, "noisy_sum", noisy_sum)
 
 
 def _bound_times(factor: float) -> Patch:
@@ -362,24 +362,24 @@ def _realised_divisor(mp: pytest.MonkeyPatch) -> None:
 
 def _release_noise(factor: float, only: str | None = None) -> Patch:
     def patch(mp: pytest.MonkeyPatch) -> None:
-        original = moments.noisy_sum
+        original = noisy_sums.noisy_sum
 
         def noisy_sum(scans: Any, contribution: Any, noise: float, source: Any, name: str, canaries: Any) -> Any:
             changed = noise * factor if only in (None, name) else noise
             return original(scans, contribution, changed, source, name, canaries)
 
-        mp.setattr(moments, "noisy_sum", noisy_sum)
+        mp.setattr(noisy_sums, "noisy_sum", noisy_sum)
 
     return patch
 
 
 def _release_by_scan(mp: pytest.MonkeyPatch) -> None:
-    mp.setattr(moments, "clipped_sum", lambda vectors, patient: moments.clip_rows(vectors.double(), 1.0).sum(0))
+    mp.setattr(noisy_sums, "clipped_sum", lambda vectors, patient: noisy_sums.clip_rows(vectors.double(), 1.0).sum(0))
 
 
 def _release_unclipped(mp: pytest.MonkeyPatch) -> None:
-    average = moments.patient_average
-    mp.setattr(moments, "clipped_sum", lambda vectors, patient: average(vectors.double(), patient).sum(0))
+    average = noisy_sums.patient_average
+    mp.setattr(noisy_sums, "clipped_sum", lambda vectors, patient: average(vectors.double(), patient).sum(0))
 
 
 DPSGD: tuple[Build, ...] = (

@@ -24,7 +24,7 @@ from medvae.config import DpSgdConfig
 from medvae.dp.canaries import commit, document, judge, register
 from medvae.dp.noise import seeded_noise
 from medvae.errors import ConfigError
-from medvae.train import loop, moments
+from medvae.train import loop, moments, noisy_sums
 from medvae.train.canary import StepCanaries
 from medvae.train.claim import not_releasable
 from medvae.train.engine import module
@@ -185,7 +185,7 @@ def _same_with_pinned_releases(mp: pytest.MonkeyPatch) -> bool:
         width = contribution(next(iter(scans))).shape[1]
         return np.linspace(1.0, 2.0, width)
 
-    mp.setattr(moments, "noisy_sum", pinned)
+    mp.setattr(noisy_sums, "noisy_sum", pinned)
     fitted = []
     for seed in (0, 1):
         scans = world.Scans(seed=seed)
@@ -235,18 +235,18 @@ def _cohort_statistics(mp: pytest.MonkeyPatch, broken: bool) -> bool:
     scans.x[scans.patient == world.PATIENTS - 1] *= 30  # one patient unlike the rest
     noise = {m.name: m.noise_multiplier for m in world.release_claim()}
     worst = 0.0
-    original = moments.noisy_sum
+    original = noisy_sums.noisy_sum
 
     def neighbours(of: Any, contribution: Any, _z: float, source: Any, *rest: Any) -> np.ndarray:
         nonlocal worst
         sums = []
         for members in (of.patients, of.patients[:-1]):
             scans.members = members
-            sums.append(original(moments.Pass(scans, members), contribution, 0.0, source))
+            sums.append(original(noisy_sums.Pass(scans, members), contribution, 0.0, source))
         worst = max(worst, float(np.linalg.norm(sums[0] - sums[1])))
         return sums[0]
 
-    mp.setattr(moments, "noisy_sum", neighbours)
+    mp.setattr(noisy_sums, "noisy_sum", neighbours)
     moments.fit_moments(scans, np.arange(world.PATIENTS), noise, world.SHAPES, noise=seeded_noise(0))
     return worst > 1 + 1e-9
 
