@@ -158,34 +158,45 @@ class ConditionalVAE(nn.Module):
         """Return one image and its mask probabilities (B, C, *spatial) a row of conditions: the mean of p(x | z, c).
 
         The code comes from the prior that was fitted to codes, where there is one, else from the prior of training;
-        where there is a mixture, from the codes of a draw of that. A decoder that was never trained adds nothing, and
-        then the draw itself is kept, with what the codes would leave out of it.
+        where there is a mixture, from the codes of a draw of that. A decoder that was never trained adds nothing: it is
+        not run then, and a mixture's draw is kept as it is, with what the codes would leave out of it.
         """
+        trained = any(bool(p.any()) for p in self.decoder.final_parameters())
         if self.labels is not None:
             condition = self.labels.drawn(condition, generator)
         if self.code_prior is not None:
             codes = self.prior_mean(condition) + self.code_prior.sample(condition, generator)
-            return self.decode(codes, condition)
+            return self.decode(codes, condition, residual=trained)
         if self.linear is None or self.linear.mixture is None:
             noise = torch.randn(len(condition), self.latent_dim, generator=generator)
-            return self.decode(self.prior_sample(condition, noise), condition)
+            return self.decode(self.prior_sample(condition, noise), condition, residual=trained)
         drawn = self.linear.draw(condition, generator)
-        if any(bool(p.any()) for p in self.decoder.final_parameters()):
+        if trained:
             return self.decode(self.linear.codes(drawn), condition)
         return self.linear.expand(self.linear.mean_coefficients(condition) + drawn).clamp(0, 1)
 
-    def _outputs(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the image output (B, 1, *spatial) on the likelihood's scale, and mask logits (B, M, *spatial)."""
+    def _outputs(self, z: Tensor, condition: Tensor, *, residual: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the image output (B, 1, *spatial) on the likelihood's scale, and mask logits (B, M, *spatial).
+
+        residual: whether the network is run; without it, the linear part stands alone.
+        """
         base = torch.full((len(z), self.space.channels, *self.space.spatial_shape), 0.5, device=z.device)
         if self.linear is not None:
             base = self.linear.decode(z, condition)
-        residual = self.decoder(z, self._filled(condition))
-        image = logit(base[:, :1]) if self.config.likelihood == "bernoulli" else base[:, :1]
-        return image + residual[:, :1], logit(base[:, 1:]) + residual[:, 1:]
+        image, mask = base[:, :1], logit(base[:, 1:])
+        if self.config.likelihood == "bernoulli":
+            image = logit(image)
+        if not residual:
+            return image, mask
+        added = self.decoder(z, self._filled(condition))
+        return image + added[:, :1], mask + added[:, 1:]
 
-    def decode(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Return images and mask probabilities (B, C, *spatial) in [0, 1]: the mean of p(x | z, c)."""
-        image, mask = self._outputs(z, condition)
+    def decode(self, z: Tensor, condition: Tensor, *, residual: bool = True) -> Tensor:
+        """Return images and mask probabilities (B, C, *spatial) in [0, 1]: the mean of p(x | z, c).
+
+        residual: whether the network adds to the linear part; one that was never trained adds nothing.
+        """
+        image, mask = self._outputs(z, condition, residual=residual)
         image = torch.sigmoid(image) if self.config.likelihood == "bernoulli" else image.clamp(0, 1)
         return torch.cat([image, torch.sigmoid(mask)], dim=1)
 

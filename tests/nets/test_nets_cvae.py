@@ -166,3 +166,19 @@ def test_weights_of_another_shape_are_refused_in_one_sentence():
     card = make_card(where, Recipe(model=net.config, moments=MomentsConfig(basis_shape=(5, 5))))
     with pytest.raises(RunError, match="do not fit"):
         load_release(ModelRelease(state_arrays(net), card))
+
+
+@pytest.mark.parametrize("shape", [(12, 10), (8, 8, 8)])
+def test_a_decoder_that_was_never_trained_is_not_run_to_draw(shape, monkeypatch):
+    """The draw is the same to the bit as with the network; and a trained network is run."""
+    net = model(space(*shape))
+    _, condition, _ = batch(net.space)
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    expected = net.decode(net.prior_sample(condition, noise), condition)
+    run = net.decoder.forward
+    monkeypatch.setattr(net.decoder, "forward", None)
+    assert torch.equal(net.draw(condition, torch.Generator().manual_seed(0)), expected)
+    monkeypatch.setattr(net.decoder, "forward", run)
+    with torch.no_grad():
+        next(iter(net.decoder.final_parameters())).fill_(0.1)
+    assert not torch.equal(net.draw(condition, torch.Generator().manual_seed(0)), expected)
