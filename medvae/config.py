@@ -96,7 +96,11 @@ class ModelConfig(Frozen):
 
 
 class MomentsConfig(Frozen):
-    """The closed-form stage: noisy moments by class and covariate, the optimum of a linear conditional VAE."""
+    """The closed-form stage: noisy moments by class and covariate, the optimum of a linear conditional VAE.
+
+    warped_pairs: of deformed copies of a scan, beside itself, that its second moments average over. They teach codes
+    how anatomy moves where persons are few, and cost no epsilon.
+    """
 
     enabled: bool = True
     share: Share | None = None
@@ -105,6 +109,7 @@ class MomentsConfig(Frozen):
     spectrum_weight: Probability | None = None
     public_clips: bool | None = None
     mean_alone: bool | None = None
+    warped_pairs: Annotated[int, Field(ge=0, le=64)] = 0
 
 
 class MixtureConfig(Frozen):

@@ -37,6 +37,10 @@ class CoefficientPart(LinearPart):
         """Return images (B, C, *spatial); the basis has to be the full one."""
         return self._apply_axes(x, transpose=False)
 
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """Return all coefficients (B, C, *spatial) of images; the basis has to be the full one."""
+        return self._apply_axes(pixels, transpose=True)
+
     def reduce(self, x: Tensor) -> Tensor:
         """Return the lowest coefficients (B, C, *k)."""
         return x[(slice(None), slice(None), *(slice(k) for k in self.mean_map.shape[2:]))]

@@ -103,6 +103,10 @@ class LinearPart(nn.Module):
         """Return the images (B, C, *spatial) that `reduce` takes: x itself, or what a subclass's input stands for."""
         return x
 
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """Return what `pixels` makes of images, back again."""
+        return pixels
+
     def reduce(self, x: Tensor) -> Tensor:
         """Return the coefficients (B, C, *k) of images (B, C, *spatial)."""
         return self._apply_axes(x, transpose=True)

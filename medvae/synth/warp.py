@@ -23,12 +23,31 @@ def warp(x: Tensor, size: float, generator: torch.Generator) -> Tensor:
     """
     if size == 0:
         return x
-    dims = x.dim() - 2
-    grid = functional.affine_grid(_affine(len(x), dims, size, generator), list(x.shape), align_corners=False)
-    knots = torch.randn(len(x), dims, *(KNOTS,) * dims, generator=generator) * 2 * BEND * size
+    return move(x, _grid(len(x), tuple(x.shape[2:]), size, generator))
+
+
+def move(x: Tensor, grid: Tensor) -> Tensor:
+    """Return images (B, C, *spatial) read at the points `grid` (B, *spatial, dims) of `paired_warps`."""
+    return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def paired_warps(shape: tuple[int, ...], pairs: int, size: float) -> Tensor:
+    """Return 2 x `pairs` fixed deformations (2 pairs, *shape, dims) for `move`, each beside its opposite.
+
+    They are constants, the same for every scan and every cohort, and move nothing on average.
+    """
+    grid = _grid(pairs, shape, size, torch.Generator().manual_seed(0))
+    still = functional.affine_grid(torch.eye(len(shape), len(shape) + 1)[None], [1, 1, *shape], align_corners=False)
+    return torch.cat([grid, 2 * still - grid])
+
+
+def _grid(count: int, shape: tuple[int, ...], size: float, generator: torch.Generator) -> Tensor:
+    dims = len(shape)
+    grid = functional.affine_grid(_affine(count, dims, size, generator), [count, 1, *shape], align_corners=False)
+    knots = torch.randn(count, dims, *(KNOTS,) * dims, generator=generator) * 2 * BEND * size
     mode = "bicubic" if dims == 2 else "trilinear"
-    field = functional.interpolate(knots, size=x.shape[2:], mode=mode, align_corners=True)
-    return functional.grid_sample(x, grid + field.movedim(1, -1), padding_mode="border", align_corners=False)
+    field = functional.interpolate(knots, size=shape, mode=mode, align_corners=True)
+    return torch.as_tensor(grid + field.movedim(1, -1))
 
 
 def _affine(count: int, dims: int, size: float, generator: torch.Generator) -> Tensor:

@@ -20,8 +20,8 @@ coarser histogram, and an overall mean around a public level; spread and texture
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from torch import Tensor
 from medvae.dp.noise import NoiseSource
 from medvae.nets.linear import SHELLS, LinearPart, design, design_norm, design_width, shells
 from medvae.nets.mixture import MixtureShapes
+from medvae.synth.warp import move, paired_warps
 from medvae.train import noisy_sums
 from medvae.train.denoise import contrast_operator, mask_contrast, principal_directions, shrink, tame_spectra
 from medvae.train.mixture import Grouped, box_of, fit_mixture, release_names
@@ -60,6 +61,8 @@ IMAGE_WEIGHT = 0.5
 GREY_WEIGHT, TWO_VALUED = 0.25, 0.3
 # The clip is the norm that this share of patients stays under: more clips the anatomy, less adds noise.
 CLIP_QUANTILE = 0.8
+# Size of the warps that `warped_pairs` asks for, by which hippocampi were rebuilt best: docs/family.md.
+WARP = 0.75
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
@@ -92,7 +95,7 @@ class MomentShapes:
     basis: of the mean; coarse: of the centre and of second moments; latent_dim: directions kept at most;
     spectrum_weight: share of the last release's sensitivity that spectra get, against directions (squares add to 1);
     public_clips: clips are public constants, and the two histograms are left out. mean_alone: only the overall mean
-    is released, and a histogram of norms before it.
+    is released, and a histogram of norms before it. warped_pairs: of copies that a scan's second moments average over.
     """
 
     basis: tuple[int, ...]
@@ -103,6 +106,7 @@ class MomentShapes:
     lloyd_steps: int = 0
     public_clips: bool = False
     mean_alone: bool = False
+    warped_pairs: int = 0
 
     @property
     def releases(self) -> tuple[str, ...]:
@@ -160,6 +164,7 @@ class _Fit:
         self.scans, self.noise_multipliers, self.shapes, self.noise = scans, noise_multipliers, shapes, noise
         self.space, self.canaries = space, canaries
         self.count = len(scans.patients)
+        self.warps = paired_warps(space.spatial_shape, shapes.warped_pairs, WARP) if shapes.warped_pairs else ()
         self.elements = space.channels * int(np.prod(space.spatial_shape))
         self.shell = shells(space.spatial_shape)
         self.part = part(space, shapes.basis, shapes.latent_dim, shapes.mixture)
@@ -171,9 +176,9 @@ class _Fit:
         self.weights = np.asarray(weights).reshape(-1, *[1] * space.spatial_dims)
         self.edges = COARSE_EDGES if shapes.mean_alone else RMS_EDGES  # of the first histogram
 
-    def release(self, name: str, contribution: Callable[[Batch], Tensor | Grouped]) -> Array:
-        multiplier = self.noise_multipliers[name]
-        released = noisy_sums.noisy_sum(self.scans, contribution, multiplier, self.noise, name, self.canaries)
+    def release(self, name: str, contribution: Callable[[Batch], Tensor | Grouped], width: int = 1) -> Array:
+        multiplier, scans = self.noise_multipliers[name], replace(self.scans, width=width)
+        released = noisy_sums.noisy_sum(scans, contribution, multiplier, self.noise, name, self.canaries)
         if self.canaries is not None:
             self.canaries.rehearse(name, contribution, multiplier)
         return released
@@ -187,6 +192,14 @@ class _Fit:
         """Return the same in all coefficients (B, C, *spatial)."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
         return self.weighted(self.full.reduce(torch.from_numpy(batch.x) - self.part.expand(mean)))
+
+    def warped(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the scans as they are and, by `warped_pairs`, moved by fixed warps: what to make of one is public."""
+        yield batch
+        for grid in self.warps:
+            images = self.full.pixels(torch.from_numpy(batch.x))
+            moved = move(images, grid.expand(len(images), *grid.shape))
+            yield batch._replace(x=self.full.from_pixels(moved).numpy())
 
     def weighted(self, coefficients: Tensor) -> Tensor:
         return coefficients * torch.as_tensor(self.weights, dtype=coefficients.dtype)
@@ -338,7 +351,8 @@ def _second(fit: _Fit) -> None:
     """Second moments around m(c): directions of the coarse coefficients, and spectra of all of them by shell.
 
     With r the clipped residual, |r| <= 1: the matrix of coarse products has norm at most |r|^2, and the spectra are
-    positive semi-definite with total trace |r|^2, so their joint norm is at most that too.
+    positive semi-definite with total trace |r|^2, so their joint norm is at most that too. The average over a scan and
+    its warped copies, each clipped, has no larger norm than one of them.
     """
     channels, part = fit.space.channels, fit.part
     size = channels * int(np.prod(fit.shapes.coarse))
@@ -349,14 +363,14 @@ def _second(fit: _Fit) -> None:
     second_weight = (1 - spectrum_weight**2) ** 0.5
 
     def contribution(batch: Batch) -> Tensor:
-        coefficients = fit.full_residual(batch)
-        small = clip_rows(coefficients[fit.coarse].flatten(1), fit.coarse_radius)
-        products = small[:, upper[0]] * small[:, upper[1]] * root
-        flat = clip_rows(coefficients.flatten(1), fit.full_radius).view(len(coefficients), channels, -1)
+        views = [fit.full_residual(view) for view in fit.warped(batch)]
+        small = torch.stack([clip_rows(v[fit.coarse].flatten(1), fit.coarse_radius) for v in views], dim=1)
+        products = (small.transpose(1, 2) @ small)[:, upper[0], upper[1]] * root / len(views)
+        flat = clip_rows(views[0].flatten(1), fit.full_radius).view(len(batch.x), channels, -1)
         spectra = torch.einsum("bcn,bdn,ns->bscd", flat, flat, bands).flatten(1)
         return torch.cat([products * second_weight, spectra * spectrum_weight], dim=1)
 
-    released = fit.release("second", contribution)
+    released = fit.release("second", contribution, upper.shape[1])
     products, spectra = np.split(released, [upper.shape[1]])
     scale = fit.coarse_radius**2 / second_weight / fit.count
     covariance = np.zeros((size, size))

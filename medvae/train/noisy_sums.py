@@ -23,6 +23,8 @@ Array = npt.NDArray[np.float64]
 
 # Voxels loaded at a time: a pass streams, so its memory does not grow with the cohort.
 CHUNK_VOXELS = 2**20
+# Numbers that the scans loaded at a time may contribute: second moments of many coefficients are wider than a scan.
+CHUNK_NUMBERS = 2**26
 
 
 class ScanSource(Protocol):
@@ -44,15 +46,20 @@ class ScanSource(Protocol):
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the training patients: yields (x, condition, patient) a chunk of whole patients."""
+    """One pass over the training patients: yields (x, condition, patient) a chunk of whole patients.
+
+    width: numbers that a scan contributes, where that is what fills the memory.
+    """
 
     source: ScanSource
     patients: npt.NDArray[np.int64]
+    width: int = 1
 
     def __iter__(self) -> Iterator[Batch]:
         rows = [self.source.rows(self.patients[i : i + 1]) for i in range(len(self.patients))]
         space = self.source.space
-        limit = max(1, CHUNK_VOXELS // (space.channels * int(np.prod(space.spatial_shape))))
+        voxels = space.channels * int(np.prod(space.spatial_shape))
+        limit = max(1, min(CHUNK_VOXELS // voxels, CHUNK_NUMBERS // self.width))
         chunk: list[npt.NDArray[np.int64]] = []
         for mine in rows:
             if chunk and sum(map(len, chunk)) + len(mine) > limit:

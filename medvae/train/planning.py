@@ -79,6 +79,7 @@ def moment_shapes(recipe: Recipe) -> MomentShapes:
         recipe.mixture.lloyd_steps,
         public_clips=m.public_clips is True,
         mean_alone=m.mean_alone is True,
+        warped_pairs=m.warped_pairs,
     )
 
 

@@ -83,17 +83,20 @@ def test_stacked_noise_has_the_planned_size() -> None:
     assert abs(float(drawn.std()) / (3.0 * 0.5 / 4.0) - 1) < 0.03
 
 
-@pytest.mark.parametrize("variant", ["plain", "mixture", "public clips", "mean alone"])
+@pytest.mark.parametrize("variant", ["plain", "mixture", "public clips", "mean alone", "warps"])
 def test_closed_form_shadows_are_fits_of_the_product(variant: str) -> None:
     """On coefficients as on images: the same linear part, from the same noise."""
     from medvae.dp.noise import seeded_noise
 
     scans = phantom_scans(2, 20, 0, 16)
     mixture = MixtureConfig(enabled=variant == "mixture", box=(3, 3), components=2)
-    moments = MomentsConfig(public_clips=variant == "public clips", mean_alone=variant == "mean alone")
+    moments = MomentsConfig(
+        public_clips=variant == "public clips", mean_alone=variant == "mean alone", warped_pairs=variant == "warps"
+    )
     resolved = resolve(Recipe(mixture=mixture, moments=moments), 20, scans.space)
     shapes = moment_shapes(resolved)
     has = {"mixture": shapes.mixture is not None, "public clips": shapes.public_clips, "mean alone": shapes.mean_alone}
+    has |= {"warps": shapes.warped_pairs > 0}
     assert has == {name: name == variant for name in has}
     noise = dict.fromkeys(shapes.releases, 2.0)
     trainer = closed_form(scans, resolved, noise, 5)

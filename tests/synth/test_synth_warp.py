@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medvae.synth.warp import warp
+from medvae.synth.warp import move, paired_warps, warp
 
 
 def ball(dims: int, size: int = 24) -> torch.Tensor:
@@ -37,3 +37,15 @@ def test_channels_move_together_and_scans_apart():
 def test_values_stay_in_range_and_the_border_repeats():
     out = warp(torch.ones(8, 1, 16, 16), 3.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("shape", [(16, 20), (8, 12, 10)])
+def test_paired_warps_are_constants_and_move_nothing_on_average(shape):
+    grids = paired_warps(shape, 3, 1.0)
+    assert grids.shape == (6, *shape, len(shape))
+    torch.testing.assert_close(grids, paired_warps(shape, 3, 1.0))
+    place = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, n) for n in shape], indexing="ij"))
+    moved = torch.stack([move(place[None], grid[None])[0] for grid in grids])
+    assert float((moved[0] - place).abs().max()) > 0.01
+    inner = (slice(None), *[slice(2, -2)] * len(shape))
+    torch.testing.assert_close(moved.mean(0)[inner], place[inner], atol=1e-5, rtol=0)
