@@ -1,9 +1,12 @@
 """The zoo: every broken build is found by the check that is meant for it, and correct builds are left alone.
 
-The default tier runs each broken build once or twice; `-m slow` shows the probabilities, as docs/audit-zoo.md does.
+The default tier runs each broken build once, and four times more after a miss; `-m slow` shows the probabilities, as
+docs/audit-zoo.md does.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import zoo_world as world
@@ -29,9 +32,22 @@ def by_its_finder(build: Build, outcome: Outcome) -> bool:
     return found[build.finder]
 
 
+def found(build: Build, run: Callable[[], Outcome]) -> bool:
+    """Return whether a run is found, or after a miss three of four more.
+
+    A build that is found with probability 0.99 fails this 6 times in a million; one found in 5 % of runs passes in 5 %.
+    """
+    return by_its_finder(build, run()) or sum(by_its_finder(build, run()) for _ in range(4)) >= 3
+
+
+def as_many_as(probability: float, runs: int) -> int:
+    """Return the number of finds below which a build of that probability falls once in 10,000 tests."""
+    return int(stats.binom.ppf(1e-4, runs, probability))
+
+
 @pytest.mark.parametrize("build", ALL, ids=lambda b: b.name)
 def test_a_broken_build_is_found_by_its_canaries(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert by_its_finder(build, train(build, monkeypatch))
+    assert found(build, lambda: train(build, monkeypatch))
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda o: o.name)
@@ -49,26 +65,28 @@ def test_the_zoo_is_large_and_has_no_twins() -> None:
 @pytest.mark.parametrize("build", SIMULATED, ids=lambda b: b.name)
 def test_a_simulated_fault_is_found(build: Build) -> None:
     assert build.sim is not None
-    assert by_its_finder(build, simulate(build.sim))
+    sim = build.sim
+    assert found(build, lambda: simulate(sim))
 
 
 def test_correct_builds_are_left_alone() -> None:
-    found = [simulate().found for _ in range(20)] + [world.train_dpsgd().found, world.train_moments().found]
-    assert sum(found) <= stats.binom.isf(1e-4, len(found), 0.05)
+    runs = [simulate().found for _ in range(20)] + [world.train_dpsgd().found, world.train_moments().found]
+    assert sum(runs) <= stats.binom.isf(1e-4, len(runs), 0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", SIMULATED, ids=lambda b: b.name)
 def test_a_simulated_fault_is_found_with_probability_099(build: Build) -> None:
     assert build.sim is not None
-    found = [by_its_finder(build, simulate(build.sim)) for _ in range(300)]
-    assert sum(found) >= 0.99 * len(found)
+    runs = [by_its_finder(build, simulate(build.sim)) for _ in range(300)]
+    assert sum(runs) >= as_many_as(0.99, len(runs))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", ALL, ids=lambda b: b.name)
 def test_a_broken_training_is_found_in_tens_of_runs(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(by_its_finder(build, train(build, monkeypatch)) for _ in range(20))
+    runs = [by_its_finder(build, train(build, monkeypatch)) for _ in range(20)]
+    assert sum(runs) >= as_many_as(0.99, len(runs))
 
 
 @pytest.mark.slow
