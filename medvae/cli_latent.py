@@ -129,6 +129,9 @@ def score(
     normal: Annotated[
         str | None, typer.Option(metavar="NAME=CLASS", help="Which of those are normal; all without it.")
     ] = None,
+    adjust: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="detail takes away what fine detail alone explains.")
+    ] = None,
     seed: Seed = None,
     as_json: Json = None,
     quiet: Quiet = None,
@@ -143,7 +146,12 @@ def score(
 
     with Console(as_json, quiet) as out:
         config = build(
-            ScoreConfig, false_alarm_rate=false_alarm_rate, calibration=calibration, normal=normal, seed=seed
+            ScoreConfig,
+            false_alarm_rate=false_alarm_rate,
+            calibration=calibration,
+            normal=normal,
+            adjust=adjust,
+            seed=seed,
         )
         result = api_latent.score(run, cohort, output, config, progress=out.stage("score"))
         out.result(result, words_latent.score(result, output))
@@ -157,6 +165,7 @@ def augment(
     condition: Annotated[str | None, typer.Option(metavar="NAME", help="The condition to even out.")] = None,
     bins: Annotated[int | None, typer.Option(metavar="N", help="Of a continuous condition.")] = None,
     most: Annotated[int | None, typer.Option(metavar="N", help="Synthetic scans at most.")] = None,
+    each: Annotated[int | None, typer.Option(metavar="N", help="Make N of every class or bin instead.")] = None,
     formats: Annotated[
         list[str] | None, typer.Option("--format", metavar="FORMAT", help="nifti, png or npz; repeat for more.")
     ] = None,
@@ -173,7 +182,7 @@ def augment(
     from medvae.config_latent import AugmentConfig
 
     with Console(as_json, quiet) as out:
-        config = build(AugmentConfig, condition=condition, bins=bins, most=most, formats=formats, seed=seed)
+        config = build(AugmentConfig, condition=condition, bins=bins, most=most, each=each, formats=formats, seed=seed)
         result = api_latent.augment(run, cohort, output, config, progress=out.stage("generate"))
         out.result(result, words_latent.augment(result, output))
 

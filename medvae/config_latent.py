@@ -41,11 +41,14 @@ class DenoiseConfig(Frozen):
 
 class ScoreConfig(Frozen):
     """false_alarm_rate: of normal patients flagged, at most; calibration: cohort with normal patients held out of
-    training; normal: NAME=CLASS of those among them that are normal, all where it is None."""
+    training; normal: NAME=CLASS of those among them that are normal, all where it is None; adjust: "detail" takes away
+    what fine detail alone explains of a score, by a line through at most `adjust_patients` training patients."""
 
     false_alarm_rate: Probability = 0.05
     calibration: Path | None = None
     normal: str | None = None
+    adjust: Literal["nothing", "detail"] = "nothing"
+    adjust_patients: Count = 500
     seed: int = 0
 
 
@@ -63,10 +66,12 @@ class WalkConfig(Frozen):
 
 
 class AugmentConfig(Frozen):
-    """condition: the one to even out; bins: of a continuous one; most: synthetic scans at most."""
+    """condition: the one to even out; bins: of a continuous one; most: synthetic scans at most; each: so many of every
+    class or bin, in place of what it lacks."""
 
     condition: str | None = None
     bins: Annotated[int, Field(ge=2, le=100)] = 10
     most: Count = 10_000
+    each: Count | None = None
     formats: tuple[Literal["nifti", "png", "npz"], ...] = ("npz",)
     seed: int = 0

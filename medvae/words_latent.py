@@ -55,7 +55,7 @@ def score(result: Result, out: Path) -> list[str]:
 
 def augment(result: Result, out: Path) -> list[str]:
     """What was added to what."""
-    lines = [f"{result['scans']} synthetic scans to even out {result['condition']}:"]
+    lines = [f"{result['scans']} synthetic scans by {result['condition']}:"]
     for name, had, added in zip(result["bins"], result["had"], result["added"], strict=True):
         lines.append(f"  {name:<20} had {had:>6}, {added:>6} added")
     return [*lines, _where(out)]

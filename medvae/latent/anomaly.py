@@ -3,6 +3,10 @@
 The score is the negative ELBO by importance weights, an upper bound of -log p(x | c) (Burda et al. 2016). The threshold
 is split-conformal (Vovk et al. 2005): with n normal patients that the model was not trained on, the k-th smallest of
 their scores, k = ceil((n + 1)(1 - alpha)), is exceeded by a further normal patient with probability at most alpha.
+
+A likelihood is lower where a scan has more fine detail, whatever it shows, so an illness that blurs looks less strange
+than health (the complexity of an input, Serrà et al. 2020). What detail alone explains can be taken away: a straight
+line through the scores of training patients.
 """
 
 from __future__ import annotations
@@ -32,6 +36,20 @@ def score(model: ConditionalVAE, x: FloatArray, condition: FloatArray, seed: int
         weights = [model.log_weight(scans, where, code.expand(len(scans), -1)).double() for code in noise]
     bound = torch.logsumexp(torch.stack(weights), 0) - math.log(DRAWS)
     return np.asarray((-bound / x[0].size).numpy())
+
+
+def detail(x: FloatArray) -> Floats:
+    """Return the mean absolute difference of neighbours (B,) of the image channel of scans (B, C, *spatial)."""
+    image = x[:, 0].astype(np.float64)
+    steps = [np.abs(np.diff(image, axis=axis)).reshape(len(image), -1).mean(1) for axis in range(1, image.ndim)]
+    return np.asarray(np.mean(steps, axis=0))
+
+
+def detail_slope(scores: Floats, details: Floats) -> float:
+    """Return the slope of the least-squares line of scores (B,) on details (B,); 0 where these are all the same."""
+    apart = details - details.mean()
+    spread = float(apart @ apart)
+    return float(apart @ scores) / spread if spread > 0 else 0.0
 
 
 def error_map(x: FloatArray, reconstructed: FloatArray) -> FloatArray:

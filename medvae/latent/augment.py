@@ -2,6 +2,9 @@
 
 How many are made of each follows the true counts of the training split, so the result is private although each scan of
 it is not: it is for training at home. For sharing, `medvae release --conditions TABLE` takes a public table.
+
+A judge that sees made-up scans in one class only learns to tell made-up from real. `each` therefore makes as many of
+every class, to be used beside real scans that are weighed evenly.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ def augment_cohort(
     bins = _bins(chosen, encoded, case.store.space.conditions, config.bins)
     have = np.bincount(bins, minlength=_count(chosen, config.bins))
     lacking = deficits(have, config.most)
+    if config.each is not None:
+        lacking = np.full(len(have), config.each, dtype=np.int64)
+        if lacking.sum() > config.most:
+            raise ConfigError(f"{config.each} each of {len(have)} groups is more than {config.most}: raise --most")
     if not lacking.sum():
         raise ConfigError(f"the condition {chosen.name!r} is even already: there is nothing to add")
     rng = np.random.default_rng(config.seed)

@@ -136,10 +136,11 @@ def score_cohort(
         normal_rows = case.store.rows(chosen)
         rows = case.store.rows(np.setdiff1d(held, chosen))
     wanted = _conditions_of(config.normal, case.store.space.conditions)
-    normal_scores, normal_patient, _ = _scores(reference, normal_rows, wanted, None)
+    slope = _slope(reference, wanted, config)
+    normal_scores, normal_patient, _ = _scores(reference, normal_rows, wanted, slope, None)
     _, normal = anomaly.by_patient(normal_scores, normal_patient)
     limit = anomaly.threshold(normal, config.false_alarm_rate)
-    scores, patient, order = _scores(case, rows, None, progress)
+    scores, patient, order = _scores(case, rows, None, slope, progress)
     patients, highest = anomaly.by_patient(scores, patient)
     flagged = highest > limit
     with private_folder(out) as folder:
@@ -160,13 +161,24 @@ def score_cohort(
             "flagged_patients": int(flagged.sum()),
             "false_alarm_rate": config.false_alarm_rate,
             "threshold": limit,
+            "adjust": config.adjust,
             "normal_patients": len(normal),
         }
         return write_summary(folder, "score", facts)
 
 
+def _slope(case: Case, normal: tuple[int, int] | None, config: ScoreConfig) -> float:
+    """Return nats a unit of detail that are taken away: from training patients, who judge no one."""
+    if config.adjust == "nothing":
+        return 0.0
+    patients = np.random.default_rng(config.seed).permutation(case.store.patients("train"))
+    rows = case.store.rows(np.sort(patients[: config.adjust_patients]))
+    scores, _, order = _scores(case, rows, normal, 0.0, None)
+    return anomaly.detail_slope(scores, np.concatenate([anomaly.detail(b.x) for _, b in case.batches(order)]))
+
+
 def _scores(
-    case: Case, rows: Ints, normal: tuple[int, int] | None, progress: Progress | None
+    case: Case, rows: Ints, normal: tuple[int, int] | None, slope: float, progress: Progress | None
 ) -> tuple[anomaly.Floats, Ints, Ints]:
     """Return score, patient and row of each scan; `normal` keeps those whose condition column (first) is set."""
     parts = []
@@ -174,6 +186,7 @@ def _scores(
         keep = np.ones(len(some), dtype=bool) if normal is None else batch.condition[:, normal[0]] > 0.5
         if keep.any():
             found = anomaly.score(case.model, batch.x[keep], batch.condition[keep])
+            found = found - slope * anomaly.detail(batch.x[keep])
             parts.append((found, batch.patient[keep], some[keep]))
     if not parts:
         raise CohortError("no scan is left to calibrate with: see --normal and the cohort's held-out patients")

@@ -9,13 +9,14 @@ import torch
 from medvae.config import Recipe, build
 from medvae.nets.build import build_model, make_card, state_arrays
 from medvae.train.rule import resolve
-from medvae.types import Condition, ImageSpace, Intensity, ModelRelease
+from medvae.types import MISSING_CLASS, Condition, ImageSpace, Intensity, ModelRelease
 
 SIDE = Condition("side", "class", ("a", "b"))
 AGE = Condition("age", "continuous", range=(20.0, 80.0))
 DEEP = {"moments": {"enabled": False}, "mixture": {"enabled": False}, "dpsgd": {"enabled": True}}
 CLOSED = {"moments": {"basis_shape": (4, 5), "coarse_shape": (2, 2)}, "dpsgd": {"enabled": False}}
 MIXED = {"mixture": {"enabled": True, "components": 3, "box": (2, 3)}}
+LABELLED = Condition("side", "class", ("a", "b", MISSING_CLASS))
 ALL = {"attention": True, "class_decoders": True, "adversary": 0.1, "latent": "field"}
 
 # Recipe, shape of the image, conditions, mask labels, and whether the network was trained.
@@ -30,6 +31,22 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[Condition, ...]
     "bernoulli": (DEEP | {"model": {"likelihood": "bernoulli"}}, (8, 10), (AGE,), (), True),
     "all, 2D": (DEEP | {"model": {**ALL, "field": {"channels": 2, "learned": True}}}, (8, 10), (SIDE,), (1,), True),
     "all, 3D": (DEEP | {"model": {**ALL, "field": {"channels": 2}}}, (6, 8, 4), (SIDE, AGE), (1,), True),
+    "M2": (DEEP | {"model": {"semi_supervised": True}}, (8, 10), (AGE, LABELLED), (1,), True),
+    "M2, field": (
+        DEEP | {"model": {**ALL, "field": {"channels": 2}, "class_decoders": False, "semi_supervised": True}},
+        (6, 8, 4),
+        (LABELLED,),
+        (),
+        True,
+    ),
+    "SRL": (DEEP | {"robust": {"enabled": True}}, (8, 10), (SIDE,), (), True),
+    "SRL on the closed form": (
+        CLOSED | {"mixture": {"enabled": False}, "robust": {"enabled": True}, "dpsgd": {"enabled": True}},
+        (8, 10),
+        (AGE,),
+        (1,),
+        True,
+    ),
     "closed form, 3D": (
         {"moments": {"basis_shape": (3, 4, 2), "coarse_shape": (2, 2, 2)}, "mixture": {"enabled": False}},
         (6, 8, 4),

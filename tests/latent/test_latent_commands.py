@@ -13,6 +13,8 @@ from conftest import write_cohort
 from PIL import Image
 
 from medvae import cli_run
+from medvae.latent import anomaly
+from medvae.latent.case import open_case
 
 PRIVATE = (
     ("encode", [], ("codes.parquet", "codes_by_cluster.png", "codes_by_side.png")),
@@ -67,6 +69,49 @@ def test_a_strange_scan_is_flagged_and_normal_ones_mostly_are_not(run, cohort, t
     with np.load(tmp_path / "o" / "maps.npz") as maps:
         spot = maps["maps"][:, 4:9, 4:9].mean()
         assert spot > 2 * maps["maps"].mean()
+
+
+def test_so_many_of_each_class_are_made_where_that_is_asked_for(run, cohort, tmp_path, capsys):
+    out = tmp_path / "o"
+    assert cli_run.run(["augment", str(run), str(cohort), "-o", str(out), "--each", "7", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["added"] == [7, 7, 7]
+    with np.load(out / "npz" / "cohort.npz", allow_pickle=False) as made:
+        assert np.bincount(made["labels"]).tolist() == [7, 7, 7]
+
+
+def test_a_blurring_illness_is_strange_once_detail_is_taken_away(run, cohort, tmp_path):
+    """Scans differ in noise, and ill ones have little of it and a dim blob: easier to rebuild, and still found."""
+    case = open_case(run, cohort)
+    rng = np.random.default_rng(0)
+
+    def scans(count, noise, blob):
+        y, x = np.mgrid[:16, :16] / 16
+        image = 0.5 + 0.25 * np.cos(2 * np.pi * x) + noise[:, None, None] * rng.standard_normal((count, 16, 16))
+        image = image + blob * np.exp(-((x - 0.5) ** 2 + (y - 0.5) ** 2) / 0.02)
+        return image.clip(0, 1)[:, None].astype(np.float32), np.tile(np.float32([1, 0, 0, 0]), (count, 1))
+
+    def judged(images, conditions):
+        return anomaly.score(case.model, images, conditions), anomaly.detail(images)
+
+    known, detail = judged(*scans(300, rng.uniform(0.02, 0.12, 300), 0.0))
+    slope = anomaly.detail_slope(known, detail)
+    assert slope == pytest.approx(np.polyfit(detail, known, 1)[0])
+    normal, ill = judged(*scans(200, rng.uniform(0.02, 0.12, 200), 0.0)), judged(*scans(200, np.full(200, 0.02), 0.25))
+    plain, adjusted = (
+        (a[:, None] > b).mean()
+        for a, b in ((ill[0], normal[0]), (ill[0] - slope * ill[1], normal[0] - slope * normal[1]))
+    )
+    assert adjusted > 0.9 > 0.5 > plain
+
+
+def test_scores_with_detail_taken_away_keep_the_rate(run, cohort, tmp_path, capsys):
+    flags = ["--false-alarm-rate", "0.1", "--adjust", "detail", "--json", "-q"]
+    assert cli_run.run(["score", str(run), str(cohort), "-o", str(tmp_path / "o"), *flags]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["adjust"] == "detail"
+    assert said["flagged_patients"] <= 9  # 25 patients at 10 %: more has probability 2e-4
+    bad = ["score", str(run), str(cohort), "-o", str(tmp_path / "p"), "--adjust", "all"]
+    assert cli_run.run(bad) == 2
 
 
 def test_augmenting_evens_out_the_classes(run, cohort, tmp_path, capsys):
