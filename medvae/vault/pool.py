@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from typing import Any, Protocol, TypeVar
 
-from medvae.errors import MissingPart
+from medvae.errors import ConfigError, MissingPart
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -58,6 +58,8 @@ class _Pool:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
+        _server()
+        forkserver.ensure_running()  # imports while this process looks for files
 
     def _ready(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -98,12 +100,24 @@ class _Pool:
 
 
 def _alone(work: Callable[[A], B], item: A) -> B | None:
-    """Try one item in a process of its own; None where it dies again."""
-    with _processes(1) as pool:
-        try:
+    """Try one item in a process of its own; None where it dies again.
+
+    Raises ConfigError where no process lives, whatever it is given.
+    """
+    try:
+        with _processes(1) as pool:
             return pool.submit(work, item).result()
-        except BrokenProcessPool:
-            return None
+    except BrokenProcessPool:
+        pass
+    try:
+        with _processes(1) as pool:
+            pool.submit(int).result()
+    except BrokenProcessPool:
+        raise ConfigError(
+            'no further process can be started: put what a script calls under `if __name__ == "__main__":`, or set '
+            "workers to 1"
+        ) from None
+    return None
 
 
 def _processes(count: int) -> ProcessPoolExecutor:
@@ -111,9 +125,14 @@ def _processes(count: int) -> ProcessPoolExecutor:
 
     A fork of this process, beside the threads of torch, may hang; new ones would each import for seconds.
     """
+    return ProcessPoolExecutor(count, mp_context=_server(), initializer=_calm)
+
+
+def _server() -> Any:
+    """Return the way to that process; what runs the command is imported there, too, and not by every fork again."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "nibabel", "pydicom", "medvae.vault.dicom", "medvae.vault.preprocess"])
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_calm)
+    context.set_forkserver_preload(["__main__", "nibabel", "pydicom", "medvae.vault.ingest"])
+    return context
 
 
 def _calm() -> None:

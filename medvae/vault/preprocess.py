@@ -1,4 +1,4 @@
-"""From a decoded scan to the cohort's grid: orientation, intensity, and resampling by MONAI's transforms.
+"""From a decoded scan to the cohort's grid: orientation, intensity, and resampling.
 
 Constants of the config and the scan's own statistics only: nothing is estimated over the cohort.
 """
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from medvae.errors import CohortError, ConfigError
 from medvae.types import FloatArray, Intensity
+from medvae.vault.resize import area, linear, nearest
 from medvae.vault.scan import MAX_VOXELS, Unusable, Volume
 
 SHEAR = 1e-2  # largest cosine between two axes of an affine that counts as rectangular
@@ -153,37 +154,20 @@ def _flatten(channels: list[FloatArray], voxel_mm: tuple[float, ...]) -> tuple[l
 
 def _resample(array: FloatArray, grid: Grid, voxel_mm: tuple[float, ...] | None, labels: bool) -> FloatArray:
     """Resample to the grid's spacing and pad or crop around the centre, or resize the field of view to its shape."""
-    # MONAI is imported where it is needed alone: it takes longer than to read some hundred files.
     if grid.spacing_mm is not None:
         if voxel_mm is None:
             raise Unusable("no PixelSpacing")
-        from monai.transforms import ResizeWithPadOrCrop
+        from monai.transforms import ResizeWithPadOrCrop  # not at the top: it takes seconds to import
 
         spaced = _respace(array, grid.spacing_mm, voxel_mm, labels)
         return _first(ResizeWithPadOrCrop(grid.shape)(spaced[None]))
     if array.shape == grid.shape:
         return array
     if labels:
-        return _resize(array, grid.shape, "nearest-exact")
+        return nearest(array, grid.shape)
     if all(new <= old for new, old in zip(grid.shape, array.shape, strict=True)):
-        return _resize(array, grid.shape, "area")
-    from monai.transforms import Resize
-
-    linear = "bilinear" if array.ndim == 2 else "trilinear"
-    return _first(Resize(grid.shape, mode=linear, anti_aliasing=True)(array[None]))
-
-
-def _resize(array: FloatArray, shape: tuple[int, ...], mode: str) -> FloatArray:
-    """Resize as MONAI's Resize does, with the axes in the order in which they lie in memory.
-
-    No axis is special to these modes, and turning a large scan around takes longer than the rest.
-    """
-    import torch
-
-    order = np.argsort([-abs(step) for step in array.strides], kind="stable")
-    lying = torch.from_numpy(np.ascontiguousarray(array.transpose(order)))
-    small = torch.nn.functional.interpolate(lying[None, None], size=[shape[axis] for axis in order], mode=mode)
-    return small[0, 0].numpy().transpose(np.argsort(order))
+        return area(array, grid.shape)
+    return linear(array, grid.shape)
 
 
 def _respace(array: FloatArray, spacing_mm: tuple[float, ...], voxel_mm: tuple[float, ...], labels: bool) -> FloatArray:

@@ -56,6 +56,21 @@ def test_a_worker_that_dies_costs_one_item() -> None:
         assert list(run(pid_or_death, range(12))) == [i * i if i != 5 else None for i in range(12)]
 
 
+def test_a_script_that_cannot_start_processes_is_told_so(tmp_path: Path) -> None:
+    """Unguarded, every process would run the script anew; its scans are not to blame."""
+    write_tree(tmp_path / "in")
+    lines = [
+        *("from pathlib import Path", "from medvae.config import IngestConfig"),
+        *("from medvae.vault.ingest import ingest", "import sys"),
+        "ingest(Path(sys.argv[1]), Path(sys.argv[2]), IngestConfig(workers=2, shape=(8, 8, 8), holdout=0.0))",
+    ]
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "ConfigError: no further process can be started: put what a script calls under `if __name__" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_come_in_order_and_few_are_ahead() -> None:
     taken = []
 
