@@ -6,6 +6,7 @@ import stat
 
 import numpy as np
 import pytest
+import torch
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -147,6 +148,48 @@ def test_with_classes_it_is_conditional(tmp_path):
         vae.transform(X)
     with pytest.raises(InputError, match="none of the public ones"):
         vae.transform(X[:1], ["sits"])
+
+
+STEPS = {"enabled": True, "steps": 6, "sample_rate": 0.2}
+NETWORKS = {
+    "closed form and network": ({"dpsgd": STEPS}, ("lies", "stands")),
+    "attention and critic": (
+        {"dpsgd": STEPS, "moments": {"enabled": False}, "model": {"attention": True, "adversary": 0.1}},
+        ("lies", "stands"),
+    ),
+    "field": (
+        {"dpsgd": STEPS, "moments": {"enabled": False}, "model": {"latent": "field", "field": {"channels": 2}}},
+        None,
+    ),
+    "M2": (
+        {"dpsgd": STEPS, "moments": {"enabled": False}, "model": {"semi_supervised": True}},
+        ("lies", "stands", "missing"),
+    ),
+    "SRL": ({"dpsgd": STEPS, "moments": {"enabled": False}, "robust": {"enabled": True, "steps": 3}}, None),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_and_variants_are_trained_and_charged_too(name, tmp_path):
+    chosen, classes = NETWORKS[name]
+    recipe = {**RECIPE, **chosen, "model": {**RECIPE["model"], **chosen.get("model", {})}}
+    X, y, groups = phantoms(80)
+    if classes is None:
+        y = None
+    elif "missing" in classes:
+        y = np.where(np.arange(len(y)) % 4 < 2, y, "missing")
+    vae = make(tmp_path, epsilon=8.0, recipe=recipe, classes=classes).fit(X, y, groups=groups)
+    names = {m["name"] for m in vae.privacy_["mechanisms"]}
+    assert "dpsgd" in names
+    assert ("robust" in names) == (name == "SRL")
+    assert vae.ledger_spent() == pytest.approx(vae.privacy_["epsilon"], rel=1e-3)
+    assert vae.privacy_["epsilon"] <= 8
+    codes = vae.transform(X, y)
+    assert codes.shape == (len(X), vae.model_.latent_dim)
+    assert vae.inverse_transform(codes, y).shape == vae.sample(len(X), y).shape == X.shape
+    assert np.isfinite(vae.score_samples(X, y)).all()
+    if name == "M2":
+        assert vae.model_.label_probabilities(torch.from_numpy(np.float32(X[:, None]))).shape == (len(X), 2)
 
 
 def test_samples_are_those_of_a_release(fitted):
