@@ -71,6 +71,7 @@ def scatter(path: Path, points: FloatArray, groups: Sequence[Any], title: str) -
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
         )
+    axis.tick_params(labelsize=7)
     axis.set_xlabel("first principal axis of the codes", fontsize=8)
     axis.set_ylabel("second", fontsize=8)
     axis.set_title(title, fontsize=9)
@@ -94,6 +95,7 @@ def histogram(path: Path, groups: Sequence[tuple[str, npt.NDArray[np.float64]]],
         hatch = "" if index == 0 else "///"
         axis.hist(values, edges, alpha=0.6, label=f"{name} ({len(values)})", color=COLOURS[index], hatch=hatch)
     axis.axvline(line, color=COLOURS[4], linestyle="--", linewidth=1, label="threshold")
+    axis.tick_params(labelsize=7)
     axis.set_xlabel(label, fontsize=8)
     axis.set_ylabel("patients", fontsize=8)
     axis.legend(fontsize=7, frameon=False)
