@@ -98,6 +98,6 @@ def histogram(path: Path, groups: Sequence[tuple[str, npt.NDArray[np.float64]]],
     axis.tick_params(labelsize=7)
     axis.set_xlabel(label, fontsize=8)
     axis.set_ylabel("patients", fontsize=8)
-    axis.legend(fontsize=7, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7, frameon=False)  # above: bars may be anywhere
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -152,9 +152,8 @@ def score_cohort(
         np.savez_compressed(folder / "maps.npz", allow_pickle=False, patient=batch.patient, maps=maps)
         lines = [("strangest", batch.x[:, 0]), ("error map", maps)]
         pictures.rows_of_images(folder / "strangest.png", lines, maps=("error map",))
-        pictures.histogram(
-            folder / "scores.png", [("normal", normal), ("scored", highest)], limit, "score (nats a channel element)"
-        )
+        label = "score (nats a channel element)" + (", detail taken away" if slope else "")
+        pictures.histogram(folder / "scores.png", [("normal", normal), ("scored", highest)], limit, label)
         facts = {
             "scans": len(order),
             "patients": len(patients),
