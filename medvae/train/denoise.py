@@ -12,6 +12,8 @@ Array = npt.NDArray[np.float64]
 
 # A contrast counts from this many standard deviations of its noise on.
 CERTAIN = 3.0
+# How large the difference between conditions may be, as a variance over that within one: candidates.
+SCALES = np.geomspace(1e-3, 1e3, 61)
 
 
 def shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
@@ -27,6 +29,29 @@ def shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
         factor = np.clip(1 - expected / np.maximum(energy, 1e-30), 0, 1)
         out[:, :, inside] *= factor[:, :, None]
     return out
+
+
+def shrink_along(rows: Array, noise_sd: Array, directions: Array, left: Array) -> Array:
+    """Shrink rows (H, C, *k) to where scans vary: the mean of each row given itself with its noise.
+
+    A row is taken for N(0, t S), with S the covariance within a condition: `directions` (d, C, *k), mutually
+    orthogonal, each scaled by its standard deviation, and the variance `left` (C, *k) of single coefficients beyond
+    them; t is the likeliest. Without this, noise in a coefficient in which scans hardly vary looks to a classifier like
+    the surest sign of all. noise_sd: (H,), the known noise of one coefficient of each row. Post-processing.
+    """
+    lengths = np.linalg.norm(directions.reshape(len(directions), -1), axis=1)
+    unit = directions.reshape(len(directions), -1)[lengths > 0] / lengths[lengths > 0, None]
+    flat, rest = rows.reshape(len(rows), -1), left.ravel()
+    along = flat @ unit.T
+    values = np.concatenate([along, flat - along @ unit], axis=1)
+    variance = np.concatenate([lengths[lengths > 0] ** 2 + np.square(unit) @ rest, rest])
+    noise = np.maximum(np.square(noise_sd), 1e-30)[:, None]
+    for row, mine in zip(values, noise, strict=True):
+        total = SCALES[:, None] * variance + mine
+        scale = SCALES[np.argmin((np.square(row) / total + np.log(total)).sum(1))]
+        row *= scale * variance / (scale * variance + mine)
+    out = values[:, : len(unit)] @ unit + values[:, len(unit) :]
+    return np.asarray(out.reshape(rows.shape))
 
 
 def contrast_operator(gram: Array, gram_noise_sd: float, conditions: tuple[Condition, ...]) -> Array:

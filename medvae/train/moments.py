@@ -33,7 +33,14 @@ from medvae.nets.linear import SHELLS, LinearPart, design, design_norm, design_w
 from medvae.nets.mixture import MixtureShapes
 from medvae.synth.warp import move, paired_warps
 from medvae.train import noisy_sums
-from medvae.train.denoise import contrast_operator, mask_contrast, principal_directions, shrink, tame_spectra
+from medvae.train.denoise import (
+    contrast_operator,
+    mask_contrast,
+    principal_directions,
+    shrink,
+    shrink_along,
+    tame_spectra,
+)
 from medvae.train.mixture import Grouped, box_of, fit_mixture, release_names
 from medvae.train.noisy_sums import Canaries, Pass, ScanSource, clip_rows
 from medvae.train.occupancy import smooth_occupancy
@@ -55,7 +62,8 @@ SEEN = 2.0
 PUBLIC_RMS, PUBLIC_RESIDUAL_RMS = 0.4, 0.2
 # The grey level that a mean alone is measured from, and how far scans are taken to vary around it.
 PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER = 0.4, 0.5, 4.0
-# Weight of the image in all norms where there are masks: what a segmentation learns from is the masks.
+# Weight of the image in all norms where there are masks: what a segmentation learns from is the masks. A mean alone
+# shows its masks well enough, and gets the image at full weight: docs/quality.md.
 IMAGE_WEIGHT = 0.5
 # Share of the first release that says how grey images are; they count as two-valued below this.
 GREY_WEIGHT, TWO_VALUED = 0.25, 0.3
@@ -172,8 +180,12 @@ class _Fit:
         self.coarse: tuple[slice, ...] = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
         # Clips: of coefficients of the basis, of all, of the coarse ones, and of those that a mixture covers.
         self.radius = self.full_radius = self.coarse_radius = self.box_radius = 0.0
-        weights = [IMAGE_WEIGHT if space.mask_labels else 1.0, *[1.0] * (space.channels - 1)]
+        image = IMAGE_WEIGHT if space.mask_labels and not shapes.mean_alone else 1.0
+        weights = [image, *[1.0] * (space.channels - 1)]
         self.weights = np.asarray(weights).reshape(-1, *[1] * space.spatial_dims)
+        # Contrasts between conditions as released, the noise of a coefficient of each, and those that m(c) has.
+        self.noisy_contrasts = self.contrasts = np.zeros(self.part.mean_map.shape)
+        self.contrast_noise = np.zeros(len(self.contrasts))
         self.edges = COARSE_EDGES if shapes.mean_alone else RMS_EDGES  # of the first histogram
 
     def release(self, name: str, contribution: Callable[[Batch], Tensor | Grouped], width: int = 1) -> Array:
@@ -226,6 +238,11 @@ class _Fit:
             before = self.overall()[shapes]
             change[shapes] = smooth_occupancy(before + residual[shapes], noise_sd, self.space.spatial_shape) - before
         self.add_overall(change)
+
+    def set_contrasts(self, contrasts: Array) -> None:
+        """Put contrasts (H, C, *basis), each channel times its weight, in place of those that m(c) has so far."""
+        self.part.mean_map += torch.as_tensor((contrasts - self.contrasts) / self.weights, dtype=torch.float32)
+        self.contrasts = contrasts
 
     def add_overall(self, coefficients: Array) -> None:
         """Add coefficients (C, *k) to m(c) for every condition; with classes, each block carries its share."""
@@ -340,11 +357,11 @@ def _means(fit: _Fit) -> None:
     gram_noise = sigma / COUNT_WEIGHT
     operator = contrast_operator(gram.reshape(width, width) / COUNT_WEIGHT, gram_noise, conditions)
     scale = fit.radius / CONTRAST_WEIGHT
-    contrasts = np.tensordot(operator, by_condition.reshape(width, *shape) * scale, axes=1)
-    contrasts = shrink(contrasts, sigma * scale * np.linalg.norm(operator, axis=1), shell) / fit.weights
+    fit.noisy_contrasts = np.tensordot(operator, by_condition.reshape(width, *shape) * scale, axes=1)
+    fit.contrast_noise = sigma * scale * np.linalg.norm(operator, axis=1)
     scale = fit.radius / overall_weight / fit.count
     fit.set_overall(overall.reshape(shape) * scale, sigma * scale)
-    fit.part.mean_map += torch.as_tensor(contrasts, dtype=torch.float32)
+    fit.set_contrasts(shrink(fit.noisy_contrasts, fit.contrast_noise, shell))
 
 
 def _second(fit: _Fit) -> None:
@@ -386,10 +403,24 @@ def _second(fit: _Fit) -> None:
     noise_sd = fit.noise_multipliers["second"] * scale_full
     per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
     spectrum = tame_spectra(energy / per_band[:, None, None], noise_sd / per_band)
+    _revise_contrasts(fit, directions.reshape(-1, channels, *fit.shapes.coarse), np.einsum("scc->cs", spectrum))
     weights = fit.weights.ravel()
     part.spectrum.copy_(torch.as_tensor(spectrum / np.outer(weights, weights), dtype=torch.float32))
     contrast = mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5) / weights[0]
     part.contrast.copy_(torch.as_tensor(contrast, dtype=torch.float32))
+
+
+def _revise_contrasts(fit: _Fit, directions: Array, power: Array) -> None:
+    """Shrink the contrasts anew, now that it shows where scans vary: directions (d, C, *coarse), power (C, SHELLS)."""
+    if not power.any():
+        return
+    whole = np.zeros((len(directions), *fit.noisy_contrasts.shape[1:]))
+    whole[(slice(None), *fit.coarse[1:])] = directions
+    shell = fit.shell[tuple(slice(k) for k in fit.shapes.basis)]
+    count = np.maximum(np.bincount(shell.ravel(), minlength=SHELLS), 1)
+    explained = [np.bincount(shell.ravel(), c.ravel(), SHELLS) / count for c in np.square(whole).sum(0)]
+    left = np.maximum(power - explained, 0.0)[:, shell]
+    fit.set_contrasts(shrink_along(fit.noisy_contrasts, fit.contrast_noise, whole, left))
 
 
 def _mixture(fit: _Fit) -> None:

@@ -14,7 +14,7 @@ from medvae.dp.noise import seeded_noise
 from medvae.nets.linear import LinearPart, shells
 from medvae.nets.mixture import MixtureShapes
 from medvae.synth.phantom import make_phantom
-from medvae.train import denoise, noisy_sums
+from medvae.train import denoise, moments, noisy_sums
 from medvae.train.moments import RELEASES, MomentShapes, fit_moments
 from medvae.train.noisy_sums import Pass, clip_rows, noisy_sum, patient_average
 from medvae.train.occupancy import smooth_occupancy
@@ -324,3 +324,49 @@ def test_a_mean_alone_asks_nobody_for_labels():
     parts = [fit_moments(s, np.arange(12), noise, LONE, noise=seeded_noise(0)).state_dict() for s in (first, other)]
     for name, tensor in parts[0].items():
         assert torch.equal(tensor, parts[1][name]), name
+
+
+def test_contrasts_are_shrunk_to_where_scans_vary():
+    """The mean given the noise, where the model holds; and no noise left in a coefficient in which nothing varies."""
+    rng = np.random.default_rng(0)
+    direction = np.zeros((1, 2, 8, 8))
+    direction[0, 0, :2, :2] = 2.0
+    left = np.full((2, 8, 8), 1e-4)
+    left[:, :3, :3] = 0.2
+    noise_sd, errors = np.asarray([1.0, 0.3]), {"released": 0.0, "by band": 0.0, "along": 0.0}
+    shell = shells((8, 8))
+    for _ in range(40):
+        true = rng.standard_normal((2, 1, 1, 1)) * direction + rng.standard_normal((2, 2, 8, 8)) * np.sqrt(left)
+        released = true + noise_sd[:, None, None, None] * rng.standard_normal(true.shape)
+        found = denoise.shrink_along(released, noise_sd, direction, left)
+        made = {"released": released, "by band": denoise.shrink(released, noise_sd, shell), "along": found}
+        for name, rows in made.items():
+            errors[name] += float(np.square(rows - true).sum())
+        assert np.abs(found[:, :, 4:, 4:]).max() < 0.05
+    assert errors["along"] < 0.5 * errors["by band"] < 0.5 * errors["released"]
+
+
+def test_contrasts_without_noise_are_left_as_they_are():
+    rows = np.random.default_rng(0).standard_normal((2, 1, 4, 4))
+    found = denoise.shrink_along(rows, np.zeros(2), np.ones((1, 1, 4, 4)), np.full((1, 4, 4), 0.1))
+    np.testing.assert_allclose(found, rows, atol=1e-9)
+
+
+def test_a_contrast_is_sought_where_scans_vary(monkeypatch):
+    """Two classes that differ along the factor by which all scans vary: much of the noise elsewhere is gone."""
+    rng = np.random.default_rng(1)
+    factor = np.cos(np.pi * (np.mgrid[:12, :10][1] + 0.5) / 10)
+    kind, codes = rng.integers(0, 2, 600), rng.standard_normal(600)
+    images = 0.5 + 0.1 * (codes + kind)[:, None, None] * factor
+    condition = np.concatenate([np.eye(2)[kind], np.zeros((600, 1))], axis=1).astype(np.float32)
+    space = replace(SPACE, mask_labels=())
+    source = Source(images[:, None].astype(np.float32), condition, np.arange(600), space)
+    noise = {**dict.fromkeys(SHAPES.releases, 2.0), "means": 8.0}
+    errors = np.zeros(2)
+    for index, step in enumerate((moments._revise_contrasts, lambda *_: None)):
+        monkeypatch.setattr(moments, "_revise_contrasts", step)
+        for seed in range(4):
+            part = fit_moments(source, np.arange(600), noise, SHAPES, noise=seeded_noise(seed))
+            ends = part.expand(part.mean_coefficients(torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])))
+            errors[index] += float((ends[0, 0] - ends[1, 0] - torch.from_numpy(0.1 * factor)).square().mean())
+    assert errors[0] < 0.7 * errors[1]
