@@ -21,7 +21,7 @@ from medvae.vault.dicom_plain import read_plain
 from medvae.vault.dicom_seg import MISFIT, conflicting, read_mask
 from medvae.vault.dicom_series import stacks
 from medvae.vault.discover import Found, strangers
-from medvae.vault.pool import Map, one_by_one
+from medvae.vault.pool import Map, in_chunks, one_by_one
 from medvae.vault.scan import Rules, Scan, Skipped, Source, Unusable, Volume, names_of
 
 CHUNK = 32  # headers a task
@@ -40,7 +40,7 @@ class _Tree:
     issuers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     def leave(self, reason: str, *files: str) -> None:
-        names = [self.found.name(Path(f)) for f in files]
+        names = [self.found.name(f) for f in files]
         self.skipped.leave(reason, *names)
         for name in names:
             self.unused |= names_of(name)
@@ -106,37 +106,30 @@ def _read_tree(found: Found, progress: Progress | None, rules: Rules, run: Map) 
     tree = _Tree(found, strangers(found))
     shared: dict[Any, Any] = {}  # one copy of what all images of a series say
     instances: set[str] = set()
-    done = 0
-    chunks = (found.files[i : i + CHUNK] for i in range(0, len(found.files), CHUNK))
-    for verdicts in run(partial(_headers, rules=rules), chunks):
-        paths = found.files[done : done + CHUNK]
-        if verdicts is None:  # the process that read them died: one of them did it
-            alone = run(partial(_headers, rules=rules), ((p,) for p in paths))
-            verdicts = [v for one in alone for v in (one or ["decoder crashed"])]
-        for path, verdict in zip(paths, verdicts, strict=True):
-            done += 1
-            if progress is not None:
-                progress(done, len(found.files))
-            if isinstance(verdict, str):
-                tree.leave(verdict, str(path))
-                continue
-            if verdict.instance and verdict.instance in instances:
-                tree.leave("duplicate file", str(path))
-                continue
-            instances.add(verdict.instance)
-            if verdict.is_segmentation:
-                tree.masks[verdict.segmented_series].append(verdict)
-                continue
-            header = replace(
-                verdict,
-                series=sys.intern(verdict.series),
-                patient=sys.intern(verdict.patient),
-                attributes=shared.setdefault(verdict.attributes, verdict.attributes),
-                frames=tuple(_lean(f, shared) for f in verdict.frames),
-            )
-            if header.patient:
-                tree.issuers[header.patient].add(header.issuer)
-            tree.series[header.patient, header.series or header.file].append(header)
+    verdicts = in_chunks(run, partial(_header_or_reason, rules=rules), found.files, CHUNK)
+    for done, (path, verdict) in enumerate(zip(found.files, verdicts, strict=True), start=1):
+        if progress is not None:
+            progress(done, len(found.files))
+        if verdict is None or isinstance(verdict, str):
+            tree.leave(verdict or "decoder crashed", str(path))
+            continue
+        if verdict.instance and verdict.instance in instances:
+            tree.leave("duplicate file", str(path))
+            continue
+        instances.add(verdict.instance)
+        if verdict.is_segmentation:
+            tree.masks[verdict.segmented_series].append(verdict)
+            continue
+        header = replace(
+            verdict,
+            series=sys.intern(verdict.series),
+            patient=sys.intern(verdict.patient),
+            attributes=shared.setdefault(verdict.attributes, verdict.attributes),
+            frames=tuple(_lean(f, shared) for f in verdict.frames),
+        )
+        if header.patient:
+            tree.issuers[header.patient].add(header.issuer)
+        tree.series[header.patient, header.series or header.file].append(header)
     wrong = conflicting([m for masks in tree.masks.values() for m in masks])
     if wrong:
         raise CohortError(
@@ -157,16 +150,13 @@ def _lean(frame: Frame, shared: dict[Any, Any]) -> Frame:
     )  # fmt: skip
 
 
-def _headers(paths: Sequence[Path], rules: Rules) -> list[Header | str]:
-    found: list[Header | str] = []
-    for path in paths:
-        try:
-            found.append(read_header(path, rules))
-        except Unusable as verdict:
-            found.append(verdict.reason)
-        except OSError:
-            found.append("unreadable file")
-    return found
+def _header_or_reason(path: Path, rules: Rules) -> Header | str:
+    try:
+        return read_header(path, rules)
+    except Unusable as verdict:
+        return verdict.reason
+    except OSError:
+        return "unreadable file"
 
 
 def _parts(headers: Sequence[Header], tree: _Tree, rules: Rules) -> Iterator[tuple[Header, list[Frame]]]:
@@ -225,7 +215,7 @@ def _scan(header: Header, frames: list[Frame], tree: _Tree, dims: int, need_spac
         raise Unusable(MISFIT)
     mask = (Path(masks[0].file), masks[0].frames) if masks else None
     ordered = tuple(frames[i] for i in where.order)
-    files = tuple(dict.fromkeys(tree.found.name(Path(f.file)) for f in ordered))
+    files = tuple(dict.fromkeys(tree.found.name(f.file) for f in ordered))
     read = partial(read_stack, ordered, where, mask, rules)
     return Scan(files, read, None, dict(header.attributes), has_mask=mask is not None, also=(header.series,))
 

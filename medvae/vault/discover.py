@@ -6,6 +6,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class Found:
     skipped: Skipped
     card: dict[str, Any] | None = None
 
-    @property
+    @cached_property
     def root(self) -> Path:
         """The folder whose files are meant by the layout."""
         return next((r for r in reversed(self.roots) if self.files and self.files[0].is_relative_to(r)), self.roots[0])
@@ -54,9 +55,10 @@ class Found:
         """Return the path below its root, in parts."""
         return path.relative_to(self.root if path.is_relative_to(self.root) else self.roots[0]).parts
 
-    def name(self, path: Path) -> str:
+    def name(self, path: Path | str) -> str:
         """Return the path below its root, as tables write it."""
-        return "/".join(self.parts(path))
+        text, root = str(path), f"{self.root}/"
+        return text.removeprefix(root) if text.startswith(root) else "/".join(self.parts(Path(path)))
 
     def sentence(self) -> str:
         """Say what was guessed."""

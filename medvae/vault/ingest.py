@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from medvae.vault.grid import choose_grid, common_modality
 from medvae.vault.layout_bids import bids_source
 from medvae.vault.layouts import volume_source
 from medvae.vault.pictures import picture_source
-from medvae.vault.pool import Map, one_by_one, parallel
+from medvae.vault.pool import Map, in_chunks, one_by_one, parallel
 from medvae.vault.preprocess import Grid, prepare
 from medvae.vault.scan import GEOMETRY, REMEDIES, Rules, Scan, Skipped, Source, Unusable, quiet
 from medvae.vault.split import assign, cap, number_patients
@@ -37,6 +38,7 @@ from medvae.version import __version__
 
 MIN_TRAIN_PATIENTS = 2
 GIB = 2**30
+CHUNK = 2**18  # voxels that a task may give back: one scan, or several small ones
 
 
 def ingest(source: Path, out: Path, config: IngestConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -257,7 +259,8 @@ class _Work:
         if any(r.scan.files for r in rows):  # rows of an .npz have no names and stay in the order of their stream
             rows = sorted(rows, key=lambda r: (self.numbers[r.patient], r.scan.files))
         kept, done = self._replay(rows)
-        steps = run(partial(_decode, grid=self.grid), (r.scan.read for r in islice(rows, done, None)))
+        size = max(1, min(8, CHUNK // math.prod(self.grid.shape)))
+        steps = in_chunks(run, partial(_decode, grid=self.grid), (r.scan.read for r in islice(rows, done, None)), size)
         for row, made in zip(islice(rows, done, None), steps, strict=True):
             done += 1
             key = self._key(row.scan)
@@ -308,7 +311,7 @@ class _Work:
     def _stat(self, name: str) -> os.stat_result | None:
         for root in (self.found.root, self.found.roots[0]):
             try:
-                return os.stat(root / name)
+                return os.stat(f"{root}/{name}")
             except OSError:
                 continue
         return None

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from multiprocessing import forkserver, get_context
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +33,24 @@ class Map(Protocol):
 def one_by_one(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B | None]:
     """Call `work` here, item by item."""
     yield from map(work, items)
+
+
+def in_chunks(run: Map, work: Callable[[A], B], items: Iterable[A], size: int) -> Iterator[B | None]:
+    """Map with up to `size` items a task, which costs less where they are small; None for the item that killed one."""
+    waiting, flying = iter(items), deque[list[A]]()
+
+    def chunks() -> Iterator[list[A]]:
+        while chunk := list(islice(waiting, size)):
+            flying.append(chunk)
+            yield chunk
+
+    for made in run(partial(_each, work), chunks()):
+        chunk = flying.popleft()
+        yield from run(work, chunk) if made is None else made
+
+
+def _each(work: Callable[[A], B], items: list[A]) -> list[B]:
+    return [work(item) for item in items]
 
 
 @contextmanager
