@@ -117,8 +117,14 @@ def explained_spectrum(directions: Array, spatial_shape: tuple[int, ...], shell_
 
 def _field(amplitude: Matrices, texture: Texture, rng: np.random.Generator) -> Array:
     """Draw one field of shape `spatial` whose coefficient in shell s has standard deviation amplitude[s]."""
-    white = rng.standard_normal(texture.shell.shape)
-    return np.asarray(idctn(white * amplitude[texture.shell], norm="ortho"), dtype=np.float32)
+    white = rng.standard_normal(texture.shell.shape, dtype=np.float32)
+    return np.asarray(idctn(white * amplitude.astype(np.float32)[texture.shell], norm="ortho"))
+
+
+def _below(field: Array, probability: Array, inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return where a unit field lies below the quantile of a probability; asked only inside, since it is slow."""
+    inside[inside] = field[inside] < ndtri(np.clip(probability[inside], 1e-6, SURE))
+    return inside
 
 
 def draw_labels(probability: Array, texture: Texture | None, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -131,7 +137,7 @@ def draw_labels(probability: Array, texture: Texture | None, rng: np.random.Gene
     weights = probability.reshape(len(probability), -1).sum(1)
     amplitude = texture.mask @ (weights / max(float(weights.sum()), 1e-6))
     if amplitude.any():
-        foreground = (total > 0) & (_field(amplitude, texture, rng) < ndtri(np.clip(total, 1e-6, SURE)))
+        foreground = _below(_field(amplitude, texture, rng), total, total > 0)
     else:  # nothing is known of how shapes vary: the level that keeps the volume
         foreground = (total > 0) & (total >= np.quantile(total, 1 - min(1.0, float(total.mean()))))
     islands, count = ndimage.label(foreground)
@@ -159,8 +165,7 @@ def draw_shape(probability: Array, texture: Texture | None, rng: np.random.Gener
     """Return an image (*spatial) of zeros and ones from the probability of a one at each voxel."""
     if texture is None or not texture.shape.any():
         return np.asarray(probability > 0.5, dtype=np.float32)
-    bound = ndtri(np.clip(probability, 1e-6, SURE))
-    inside = (probability > FAINT_SHAPE) & (_field(texture.shape, texture, rng) < bound)
+    inside = _below(_field(texture.shape, texture, rng), probability, probability > FAINT_SHAPE)
     return np.asarray(inside, dtype=np.float32)
 
 
