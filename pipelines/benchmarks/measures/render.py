@@ -50,6 +50,8 @@ def interval(values: Sequence[float], digits: int) -> str:
     """Return the mean and the half-width of Student's 95 % interval of a figure over seeds."""
     if not values:
         return ""
+    if all(float(value).is_integer() and value > 999 for value in values):
+        digits = 0  # a count
     mean = f"{statistics.fmean(values):.{digits}f}"
     if len(values) < 2:
         return mean
