@@ -71,9 +71,13 @@ def read_privacy(run: Path) -> dict[str, Any]:
 
 def make_claim(privacy: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
     """Return the claim as the reports print it, from public facts only."""
-    receipt = privacy.get("receipt") or {}
+    from medvae.dp.tradeoff import plain_words
+
+    receipt, copied = privacy.get("receipt") or {}, {key: privacy[key] for key in COPIED if key in privacy}
+    if privacy["epsilon"] is not None:  # never words that the numbers do not say
+        copied["plain_words"] = plain_words(privacy["epsilon"], privacy["delta"], mechanisms_of(copied))
     return {
-        **{key: privacy[key] for key in COPIED if key in privacy},
+        **copied,
         "receipt_digest": receipt.get("digest"),
         "weights_sha256": card.get("weights_sha256"),
     }
@@ -165,6 +169,14 @@ def internal_decision(public: Mapping[str, Any], notes: Mapping[str, Any]) -> di
         conditions.append("membership results are INCONCLUSIVE: the attack did not break its positive control")
     elif state == "not measurable":
         conditions.append(f"membership was not measured ({notes['reason']}): only the proof speaks")
+    if notes.get("copied"):
+        conditions.append("more synthetic scans look like copies of training scans than chance explains: look at them")
+    exposed, tested = notes.get("exposed", (0, 0))
+    if exposed:
+        conditions.append(
+            f"{exposed} of {tested} tests of singling out, linkability and inference find training patients more "
+            "exposed than others (by intervals that hold together)"
+        )
     order = ("RELEASE", "CONDITIONAL", "DO NOT RELEASE")
     own = "DO NOT RELEASE" if refusals else "CONDITIONAL" if conditions else "RELEASE"
     verdict = max(str(public["verdict"]), own, key=order.index)

@@ -32,6 +32,8 @@ NEIGHBOURS = 1
 PREDICATE_COLUMNS = 4
 # A predicate about a number leaves this part of the records' spread as slack: a leak need not be exact to single out.
 SLACK = 0.02
+PERMUTATIONS = 2000
+AT_ONCE = 1000  # predicates
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class Risk:
         return self.attack.low > self.baseline.value or self.control.low > self.baseline.value
 
     @property
+    def exposed(self) -> bool:
+        """Whether the interval says that training patients are more exposed than others."""
+        return self.risk.low > 0
+
+    @property
     def verdict(self) -> str:
         """What the interval allows to say."""
-        if self.risk.low > 0:
+        if self.exposed:
             return f"training patients are more exposed than others: {self.kind} shows who took part"
         if not self.strong:
             return "the attack is no better than a naive guess, so it shows nothing either way"
@@ -215,28 +222,58 @@ def single_out(made: Table, train: Table, control: Table, guesses: int, confiden
     """Write predicates after synthetic records and count those that hold for exactly one patient.
 
     A predicate asks for some columns of a random synthetic record: equal in classes, and in numbers at least or at
-    most its value, whichever is the rarer side. Train and control must hold equally many records. The interval is
-    over the guesses: it is about these very patients. The naive guess draws its values at random.
+    most its value, whichever is the rarer side. Train and control must hold equally many records. The naive guess
+    draws its values at random.
+
+    Guesses are many and people few, so an interval over guesses would take any difference between two groups of people
+    for exposure. The interval inverts a permutation test of who is in which group, exact where taking part makes no
+    difference (Phipson & Smyth 2010).
     """
     rng = np.random.default_rng(seed)
     width = min(PREDICATE_COLUMNS, len(made.names))
     middle = np.median(made.values, axis=0)
     low, high, slack = made.values.min(0), made.values.max(0), SLACK * made.values.std(0)
-    hits = np.zeros(3, dtype=np.int64)
-    for _ in range(guesses):
+    everyone = Table(np.concatenate([train.values, control.values]), train.names, train.nominal)
+    held = np.zeros((guesses, len(everyone)), dtype=bool)
+    naive_hits = 0
+    for guess in range(guesses):
         columns = rng.permutation(len(made.names))[:width]
         record = made.values[rng.integers(len(made))]
         naive = np.where(made.nominal, np.rint(rng.uniform(low, high)), rng.uniform(low, high))
-        hits[0] += _matches(record, columns, middle, slack, train) == 1
-        hits[1] += _matches(record, columns, middle, slack, control) == 1
-        hits[2] += _matches(naive, columns, middle, slack, train) == 1
-    baseline = Estimate(hits[2] / guesses, *clopper_pearson(int(hits[2]), guesses, confidence), guesses)
-    return risk_of(
-        "singling out risk", "singling out", (int(hits[0]), int(hits[1])), (guesses, guesses), baseline, confidence
+        held[guess] = _matches(record, columns, middle, slack, everyone)
+        naive_hits += int(_matches(naive, columns, middle, slack, train).sum()) == 1
+    baseline = Estimate(naive_hits / guesses, *clopper_pearson(naive_hits, guesses, confidence), guesses)
+    member = np.arange(len(everyone)) < len(train)
+    risk, attack, spared = singled(held, member, confidence, rng)
+    return Risk("singling out risk", "singling out", risk, attack, spared, baseline)
+
+
+def singled(
+    held: Bools, member: Bools, confidence: float, rng: np.random.Generator
+) -> tuple[Estimate, Estimate, Estimate]:
+    """Return risk, attack and control of predicates (G, P), each true for some of P people, half of them members.
+
+    A predicate is a hit where it holds for exactly one of a group. The rates' intervals are over predicates, for these
+    very people; the risk's is over who is a member.
+    """
+    guesses, total = len(held), held.sum(1)[:, None]
+    sides = np.stack([member, *(rng.permutation(member) for _ in range(PERMUTATIONS))], axis=1).astype(np.float32)
+    inside = np.concatenate([part.astype(np.float32) @ sides for part in np.array_split(held, -(-guesses // AT_ONCE))])
+    hits, spared_hits = (inside == 1).sum(0), (total - inside == 1).sum(0)
+    attack, spared = (
+        Estimate(int(h[0]) / guesses, *clopper_pearson(int(h[0]), guesses, confidence), guesses)
+        for h in (hits, spared_hits)
     )
+    apart, tail, left = (hits - spared_hits) / guesses, (1 - confidence) / 2, 1 - spared.value
+    low = np.quantile(apart[1:], tail, method="lower")
+    high = np.quantile(apart[1:], 1 - tail, method="higher")
+    ends = (apart[0], apart[0] - high, apart[0] - low)
+    value, least, most = (float(d / left) if left > 0 else math.nan for d in ends)
+    return Estimate(value, least, min(1.0, most), len(member)), attack, spared
 
 
-def _matches(record: Floats, columns: Ints, middle: Floats, slack: Floats, people: Table) -> int:
+def _matches(record: Floats, columns: Ints, middle: Floats, slack: Floats, people: Table) -> Bools:
+    """Return for whom (N,) the predicate holds."""
     held = np.ones(len(people), dtype=bool)
     for c in columns:
         values = people.values[:, c]
@@ -245,4 +282,4 @@ def _matches(record: Floats, columns: Ints, middle: Floats, slack: Floats, peopl
         else:
             upper = record[c] >= middle[c]
             held &= values >= record[c] - slack[c] if upper else values <= record[c] + slack[c]
-    return int(held.sum())
+    return held

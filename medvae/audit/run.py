@@ -82,6 +82,8 @@ def open_store(run: Path, privacy: Mapping[str, Any], space: ImageSpace) -> Stor
         raise RunError("the cohort has another shape or other conditions than the model: audit the run that it trained")
     if store.fingerprint() != privacy["fingerprint"]:
         raise RunError("the cohort was edited since this run was trained on it: restore it, or train again")
+    if len(store.patients("train")) != privacy["patients"]:
+        raise RunError("privacy.json names another number of patients than the cohort has: it was altered, train again")
     return store
 
 

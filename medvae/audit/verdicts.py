@@ -317,7 +317,7 @@ def copies_part(found: Copies) -> Part:
             n=found.chance,
         ),
     )
-    return Part(lines, {}, {}, {"copies": found.to_json()})
+    return Part(lines, {}, {"copied": found.copied}, {"copies": found.to_json()})
 
 
 def risks_part(found: Sequence[Risk]) -> Part:
@@ -349,4 +349,5 @@ def risks_part(found: Sequence[Risk]) -> Part:
         for risk in found
     ]
     figure = Figure("Singling out, linkability and inference", "private", {"rows": rows})
-    return Part(tuple(lines), {"attribute risks": figure}, {}, {"risks": [risk_json(risk) for risk in found]})
+    exposed = {"exposed": (sum(risk.exposed for risk in found), len(found))}
+    return Part(tuple(lines), {"attribute risks": figure}, exposed, {"risks": [risk_json(risk) for risk in found]})

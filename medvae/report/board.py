@@ -101,7 +101,7 @@ def _facts(audit: Mapping[str, Any], board: Mapping[str, Any], claim: Mapping[st
             f"All runs together spent epsilon {number(spent)}"
             + (f" of a budget of {number(budget['epsilon'])}." if budget else "; no budget is set.")
         ),
-        "subgroup": "the worst subgroup found is named on page 2."
+        "subgroup": "the worst subgroup found is named below the three risks."
         if subgroup
         else "no subgroup was tested in this report.",
         "canary": canary,

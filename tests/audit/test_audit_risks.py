@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from audit_world import phantom_scans
+from scipy import stats
 
 from medvae.audit import copies, inference, synthetic_only
 from medvae.audit.inference import Table
@@ -184,6 +185,22 @@ def test_records_that_repeat_patients_put_them_at_risk_and_others_do_not() -> No
         ]
         assert [risk.risk.low > 0 for risk in found] == [exposed] * 4
         assert all(("exposed than others" in risk.verdict) == exposed for risk in found)
+
+
+def test_singling_out_raises_no_false_alarm_with_few_people_and_many_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over exchangeable people; an interval over guesses alone, as it was once, alarms far too often."""
+    monkeypatch.setattr(inference, "PERMUTATIONS", 400)
+    rng, alarms, over_guesses, runs, people = RNG(8), 0, 0, 120, 20
+    member = np.arange(2 * people) < people
+    for _ in range(runs):
+        values, limits = rng.normal(size=(2, 2 * people)), rng.normal(0.6, 0.4, size=(2, 5000, 1))
+        held = (values[0] > limits[0]) & (values[1] > limits[1])
+        risk, attack, control = inference.singled(held, member, 0.95, rng)
+        assert risk.value == pytest.approx(inference.risk_interval(attack, control).value)
+        alarms += risk.low > 0
+        over_guesses += inference.risk_interval(attack, control).low > 0
+    most = stats.binom.isf(1e-4, runs, 0.025)
+    assert alarms <= most < over_guesses
 
 
 def test_the_worst_subgroup_is_found_and_many_groups_are_corrected_for() -> None:

@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 from audit_world import TINY, by_name, make_cohort, make_run, privacy_json
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import medvae
@@ -163,6 +163,7 @@ figure_of = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(finding_of), st.dictionaries(st.text(max_size=3), figure_of), st.booleans())
 def test_no_private_number_reaches_the_public_report(findings: list[Finding], figures: Any, refuted: bool) -> None:
     notes = {"membership": "not measurable", "reason": SECRET, "refuted": refuted}
@@ -202,6 +203,13 @@ def test_internal_decision_only_gets_stricter() -> None:
     assert internal_decision(fine, {"membership": "INVALID: x"})["verdict"] == "CONDITIONAL"
     assert internal_decision(fine, {"membership": "INCONCLUSIVE: x"})["verdict"] == "CONDITIONAL"
     assert internal_decision(fine, {"membership": "measured", "refuted": True})["verdict"] == "DO NOT RELEASE"
+    assert (
+        internal_decision(fine, {"membership": "measured", "copied": False, "exposed": (0, 5)})["verdict"] == "RELEASE"
+    )
+    for notes, word in (({"copied": True}, "copies"), ({"exposed": (2, 5)}, "2 of 5 tests")):
+        found = internal_decision(fine, {"membership": "measured", **notes})
+        assert found["verdict"] == "CONDITIONAL"
+        assert word in found["reasons"][0]
     refused = public_decision(claim(epsilon=None))
     assert internal_decision(refused, {"membership": "measured"})["verdict"] == "DO NOT RELEASE"
 
