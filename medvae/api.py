@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ Stage = Callable[[str], Progress | None]
 
 CLAIM = {"unit": "patient", "neighboring": "add-remove", "accountant": "pld"}
 DEFAULT_SHAPE = (64, 64)
-AUDITS = Path("private") / "audits.json"
 DEFAULT_RUN = Path("run")
 DEFAULT_DEMO = Path("demo")
 
@@ -180,6 +178,7 @@ def audit(
     """
     from medvae import tracking
     from medvae.audit.run import audit as score
+    from medvae.gate.reports import remember
     from medvae.report.dossier import complete
     from medvae.report.render import render_report, require_pdf
     from medvae.schemas import check
@@ -197,7 +196,7 @@ def audit(
                 _write(folder / side / "audit.json", whole)
                 render_report(whole, folder / side)
             result: Result = _read(folder / "internal" / "audit.json")
-        _remember_audit(run, out)
+        remember(run, out)
         track.findings(result["findings"])
         track.artifact(out / "internal")  # figures included; this experiment is the team's own
     return result
@@ -218,6 +217,7 @@ def release(
     """
     from medvae import tracking
     from medvae.gate.release import release as write
+    from medvae.gate.reports import latest
     from medvae.report.render import render_certificate, render_report, require_pdf
 
     config = config or ReleaseConfig()
@@ -228,7 +228,7 @@ def release(
             run,
             out,
             config,
-            report=report or latest_audit(run),
+            report=report or latest(run),
             render=render_certificate,
             render_audit=render_report,
             progress=progress,
@@ -345,21 +345,6 @@ def _embedded_cohort(out: Path, stage: Stage) -> Path:
             write_scans(scans, stage("scans"))
         ingest(scans, cohort, ingest_config(scans / "table.csv"), progress=stage("ingest"))
     return cohort
-
-
-def _remember_audit(run: Path, report: Path) -> None:
-    """Note in the run's private folder where its latest audit is; a run that cannot be written to needs --report."""
-    with suppress(OSError):
-        _write(run / AUDITS, {"schema": "medvae.audits/1", "latest": str(report.resolve())})
-
-
-def latest_audit(run: Path) -> Path | None:
-    """Return the report of the run's latest audit, where it is still there; the gate checks that it fits."""
-    try:
-        latest = Path(str(_read(run / AUDITS)["latest"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return latest if (latest / "public" / "audit.json").is_file() else None
 
 
 def _silent(title: str) -> None:

@@ -64,22 +64,29 @@ def export(
     check of the gate fails, and MissingPart without the packages of the extra `onnx`.
     """
     from medvae import tracking
-    from medvae.api import latest_audit
     from medvae.gate.bundle import export_bundle as write
     from medvae.gate.decoder import KINDS, export_decoder
-    from medvae.report.render import render_certificate, require_pdf
+    from medvae.gate.reports import latest
+    from medvae.report.render import render_certificate, render_report, require_pdf
 
     if kind not in ("bundle", *KINDS):
         raise ConfigError(f"there is no export of the kind {kind[:40]!r}: give bundle, {' or '.join(KINDS)}")
     config = config or ReleaseConfig()
     if kind in KINDS:
         with tracking.run("export", config.model_dump(), private=False) as track:
-            result = export_decoder(kind, run, out, config, report or latest_audit(run))
+            result = export_decoder(kind, run, out, config, report or latest(run))
             track.metric("max_abs_error", result["max_abs_error"])
         return result
     require_pdf()
     with tracking.run("export", config.model_dump(), private=False) as track:
-        result = write(run, out, config, report=report or latest_audit(run), render=render_certificate)
+        result = write(
+            run,
+            out,
+            config,
+            report=report or latest(run),
+            render=render_certificate,
+            render_audit=render_report,
+        )
         track.artifact(out / "privacy")
         track.register(run / "model")
     return result

@@ -120,8 +120,8 @@ def _walk(
     at_home: bool,
 ) -> Result:
     from medvae import tracking
-    from medvae.api import latest_audit
     from medvae.config_latent import WalkConfig
+    from medvae.gate.reports import latest
     from medvae.gate.shareable import require_shareable
     from medvae.latent.folder import private_folder
     from medvae.nets.build import load_release
@@ -130,7 +130,7 @@ def _walk(
     from medvae.synth.store import read_release
 
     config = config or WalkConfig()
-    claim = {} if at_home else require_shareable(run, latest_audit(run))
+    claim = {} if at_home else require_shareable(run, latest(run))
     with tracking.run(name, config.model_dump(), private=at_home):
         walk = along(load_release(read_release(run / "model")), config)
         facts: Result = {

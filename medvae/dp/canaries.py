@@ -34,6 +34,9 @@ CONFIDENCE = 0.95
 # Power at which the smallest visible fault is stated.
 POWER = 0.9
 
+# What `judge` adds to canary.json.
+JUDGED = ("results", "checks", "verdict", "reasons", "words")
+
 TORN = "canary.json is torn or was altered: its coins, scores and statistics do not fit together"
 
 Verdict = Literal["PASS", "REFUTED", "NOT_MEASURABLE"]
@@ -204,6 +207,17 @@ def _walked(document: Mapping[str, Any], mechanisms: Sequence[Mechanism], level:
 
 def _walk(record: Mapping[str, Any], registered: Mapping[str, Any], m: Mechanism, level: float) -> list[Answer]:
     return walk_answers(record, m, int(registered[m.name]), level)
+
+
+def unjudged(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was seen of a run, coins opened: canary.json without what is judged from it."""
+    return {key: value for key, value in document.items() if key not in JUDGED}
+
+
+def unjudged_digest(document: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of `unjudged`, which the ledger holds from the run's end: what was seen is fixed by then."""
+    text = json.dumps(unjudged(document), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flips(coins: Bools) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from medvae.config import ReleaseConfig
-from medvae.gate import card, certificate, sign
+from medvae.gate import canary, card, certificate, sign
 from medvae.gate.evidence import Evidence
 from medvae.gate.licences import Licence, licence_of
-from medvae.gate.release import Render, certify, judge, seal, write_json
+from medvae.gate.release import Render, certify, judge, seal, write_audit, write_json
 from medvae.synth.staging import staged_folder
 from medvae.synth.store import write_release
 
@@ -24,7 +24,12 @@ _VERSIONS = {"monai": "monai_version", "torch": "pytorch_version", "numpy": "num
 
 
 def export_bundle(
-    run: Path, out: Path, config: ReleaseConfig, report: Path | None = None, render: Render | None = None
+    run: Path,
+    out: Path,
+    config: ReleaseConfig,
+    report: Path | None = None,
+    render: Render | None = None,
+    render_audit: Render | None = None,
 ) -> dict[str, Any]:
     """Check a finished run as `release` does and write a MONAI Bundle into `out`; return a summary.
 
@@ -33,6 +38,7 @@ def export_bundle(
     """
     terms = licence_of(config.licence)
     evidence, checks, override = judge(run, config, report)
+    planted = canary.published(run, evidence.mechanisms, evidence.privacy["delta"])
     key = sign.signing_key(config.key, run)
     with staged_folder(out.resolve(), durable=True) as folder:
         proof = certify(evidence, checks, config, key, override, count=0, formats=(FORMAT,), conditions="none")
@@ -45,6 +51,10 @@ def export_bundle(
         write_json(folder / "privacy" / "certificate.json", proof)
         if render is not None:
             render(proof, folder / "privacy")
+        if planted is not None:
+            write_json(folder / canary.FILE, planted)
+        if report is not None:
+            write_audit(report / "public", folder / "audit", override, render_audit)
         (folder / "docs" / "README.md").write_text(_readme(proof, evidence, claim), encoding="utf-8")
         (folder / "LICENSE").write_text(card.licence(proof, terms), encoding="utf-8")
         files = seal(folder, proof, key)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medvae.dp.canaries import Judgement, judge
+from medvae.dp.canaries import Judgement, judge, unjudged
 from medvae.errors import MedvaeError, NotReleasable
 from medvae.gate.evidence import read_canary
 from medvae.gate.outcome import Check
@@ -16,8 +16,6 @@ from medvae.types import Mechanism
 
 FILE = "privacy/canary.json"
 RESULT_TOLERANCE = 2e-3  # another version of the accountant may place its grid otherwise
-
-_RECOMPUTED = ("results", "checks", "verdict", "reasons", "words")
 
 
 def published(run: Path, mechanisms: Sequence[Mechanism], delta: float) -> dict[str, Any] | None:
@@ -32,9 +30,8 @@ def published(run: Path, mechanisms: Sequence[Mechanism], delta: float) -> dict[
     found = problem("canary", document)
     if found is not None:
         raise NotReleasable(f"canary.json is not as it should be: {found}")
-    opened = {k: v for k, v in document.items() if k not in _RECOMPUTED}
     try:
-        return {**opened, **judge(document, mechanisms, delta).to_json()}
+        return {**unjudged(document), **judge(document, mechanisms, delta).to_json()}
     except MedvaeError as error:
         raise NotReleasable(str(error)) from None
 

@@ -16,6 +16,7 @@ from medvae.crosscheck import SMALLEST_ERROR, agree
 from medvae.dp import tradeoff
 from medvae.dp.accounting import canonical
 from medvae.dp.delta import check_delta
+from medvae.dp.marks import NOISE, PATIENTS, WEIGHTS, marks
 from medvae.errors import ConfigError
 from medvae.gate import findings
 from medvae.gate.evidence import Evidence
@@ -131,12 +132,18 @@ def _receipt(evidence: Evidence) -> Check:
     rows = {e.kind: e for e in entries if e.run_id == receipt.run_id}
     reserved, ended = rows.get("reserve"), rows.get("commit")
     weights = evidence.model.card["weights_sha256"]
+    noted = marks(reserved.note) if reserved is not None else {}
     faults = {
         "the ledger holds no run of this receipt": reserved is None or reserved.receipt != receipt,
         "the ledger charged other mechanisms": reserved is not None and reserved.mechanisms != evidence.mechanisms,
         "the ledger charged at another delta": reserved is not None and reserved.delta != evidence.privacy["delta"],
+        # Not noted by earlier versions.
+        "the ledger noted another noise source": noted.get(NOISE, evidence.privacy["noise_source"])
+        != evidence.privacy["noise_source"],
+        "the ledger noted another number of patients": noted.get(PATIENTS, str(evidence.privacy["patients"]))
+        != str(evidence.privacy["patients"]),
         "the ledger does not say that the run ended": ended is None,
-        "the run ended with other weights than these": ended is not None and ended.note != f"weights {weights}",
+        "the run ended with other weights than these": ended is not None and marks(ended.note).get(WEIGHTS) != weights,
     }
     found = [words for words, wrong in faults.items() if wrong]
     return Check(

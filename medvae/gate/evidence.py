@@ -11,12 +11,12 @@ from typing import Any
 from medvae.dp.ledger import Budget, Entry, Receipt
 from medvae.dp.ledger_place import SHARED, ledger_of_run
 from medvae.errors import MedvaeError, NotReleasable, PrivacyError, RunError
+from medvae.gate.reports import AUDIT_FILE, edited
 from medvae.schemas import version
 from medvae.synth.store import read_release
 from medvae.types import ImageSpace, Mechanism, ModelRelease
 
 CANARY_FILE = "canary.json"
-AUDIT_FILES = ("audit.json", "audit.html", "audit.pdf")
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class Spending:
 class Audit:
     """The public audit, the internal one where it is there, and the decisions of both in words.
 
-    Of the internal one only its claim, its moment, its decision and the names of what was measured are looked at.
+    edited: not as the audit wrote it. Of the internal one only its claim, its moment, its decision and the names of
+    what was measured are looked at.
     """
 
     public: Mapping[str, Any]
     decisions: tuple[str, ...]
     internal: Mapping[str, Any] | None = None
+    edited: bool = False
 
     @property
     def findings(self) -> list[Mapping[str, Any]]:
@@ -100,7 +102,7 @@ def read_evidence(run: Path, privacy: Mapping[str, Any], report: Path | None) ->
     except (KeyError, TypeError, ValueError, IndexError, MedvaeError):
         raise RunError("model.json does not describe an image space: the run was altered, train again") from None
     spending = read_spending(run, privacy["delta"])
-    audit = None if report is None else _read_audit(report)
+    audit = None if report is None else _read_audit(run, report)
     return Evidence(privacy, model, spending, audit, read_canary(run))
 
 
@@ -133,13 +135,13 @@ def read_spending(run: Path, delta: float) -> Spending:
     return Spending(entries, runs, spent, budget, against_budget)
 
 
-def _read_audit(report: Path) -> Audit:
+def _read_audit(run: Path, report: Path) -> Audit:
     missing = "this folder is no report: make one with `medvae audit RUN -o REPORT`"
-    public = _read_json(report / "public" / "audit.json", missing)
-    internal = report / "internal" / "audit.json"
+    public = _read_json(report / "public" / AUDIT_FILE, missing)
+    internal = report / "internal" / AUDIT_FILE
     inside = _read_json(internal, missing) if internal.exists() else None
     audits = [public] + ([] if inside is None else [inside])
-    return Audit(public, tuple(_decision(a.get("decision")) for a in audits), inside)
+    return Audit(public, tuple(_decision(a.get("decision")) for a in audits), inside, edited(run, report))
 
 
 def _decision(decision: Any) -> str:

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from medvae.dp import canaries
+from medvae.dp.marks import CANARIES, marks
 from medvae.errors import MedvaeError
 from medvae.gate.evidence import Audit, Evidence
 from medvae.gate.outcome import Check
@@ -20,6 +21,14 @@ from medvae.schemas import problem
 
 REQUIRED_ATTACKS = ("membership",)
 """First words of the findings without which no release leaves: the attack on membership with its controls."""
+CLAIMED = ("epsilon", "delta", "mechanisms", "patients")
+"""What a report has to say of the claim."""
+SAME = (
+    *CLAIMED,
+    *("unit", "neighboring", "accountant", "sample_rate", "noise_multiplier", "max_grad_norm", "steps"),
+    *("noise_source", "releasable", "crosscheck", "declared_public"),
+)
+"""What a report may not say otherwise than the run does."""
 
 
 def report(evidence: Evidence) -> Check:
@@ -28,12 +37,14 @@ def report(evidence: Evidence) -> Check:
     if audit is None:
         return Check("audit", True, "no report was given")
     faults = {
+        "the report was edited since the audit wrote it": audit.edited,
         "the report is of another run": any(
             _claim(a).get("receipt_digest") != evidence.receipt.digest for a in _both(audit)
         ),
         "the report is of another model, or older than it": any(
             _claim(a).get("weights_sha256") != evidence.model.card["weights_sha256"] for a in _both(audit)
         ),
+        "the report states another claim than the run": any(_differs(_claim(a), evidence) for a in _both(audit)),
         "the report was made before the run ended": any(_older(a, evidence) for a in _both(audit)),
         "the public report names something private, or is not as it should be": (
             audit.public.get("audience") != "public" or problem("audit", audit.public) is not None
@@ -66,14 +77,19 @@ def decision(evidence: Evidence) -> Check:
 def canary(evidence: Evidence) -> Check:
     """Canaries planted in this training must not refute its claim; judged anew, from scores and opened coins."""
     document = evidence.canary
+    coins, seen = (_recorded(evidence, kind) for kind in ("reserve", "commit"))
     if document is None:
-        planted = ((evidence.model.card.get("recipe") or {}).get("canaries") or {}).get("enabled")
+        planted = coins is not None or planted_by(evidence.model.card.get("recipe"))
         words = "the run planted canaries and canary.json is missing" if planted else "this run planted no canaries"
         return Check("canaries", not planted, words)
     if document.get("receipt_digest") != evidence.receipt.digest:
         return Check("canaries", False, "canary.json is of another run")
     if document.get("weights_sha256") != evidence.model.card["weights_sha256"]:
         return Check("canaries", False, "canary.json is of another model, or older than it")
+    if coins is None or (document.get("commitment") or {}).get("digest") != coins:
+        return Check("canaries", False, "the coins of canary.json are not those recorded before the first step")
+    if seen is not None and canaries.unjudged_digest(document) != seen:  # not recorded by earlier versions
+        return Check("canaries", False, "canary.json was altered since the run ended")
     try:
         found = canaries.judge(document, evidence.mechanisms, evidence.privacy["delta"])
     except MedvaeError as error:
@@ -94,6 +110,25 @@ def _both(audit: Audit) -> list[Mapping[str, Any]]:
 def _claim(report: Mapping[str, Any]) -> Mapping[str, Any]:
     claim = report.get("claim")
     return claim if isinstance(claim, Mapping) else {}
+
+
+def _differs(claim: Mapping[str, Any], evidence: Evidence) -> bool:
+    """Whether a report's claim lacks a number of the run's, or has another."""
+    missing = any(key not in claim for key in CLAIMED)
+    return missing or any(
+        claim[key] != evidence.privacy[key] for key in SAME if key in claim and key in evidence.privacy
+    )
+
+
+def planted_by(recipe: Mapping[str, Any] | None) -> bool:
+    """Whether a recipe, as a model's card holds it, plants canaries."""
+    return bool(((recipe or {}).get("canaries") or {}).get("enabled"))
+
+
+def _recorded(evidence: Evidence, kind: str) -> str | None:
+    """Return the digest of canaries that the ledger recorded at the start or the end of this run."""
+    notes = [e.note for e in evidence.spending.entries if e.kind == kind and e.run_id == evidence.receipt.run_id]
+    return marks(notes[0]).get(CANARIES) if notes else None
 
 
 def _older(report: Mapping[str, Any], evidence: Evidence) -> bool:

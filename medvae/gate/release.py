@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ from medvae.errors import ConfigError, InputError
 from medvae.gate import bids, canary, card, certificate, manifest, sign
 from medvae.gate.checks import check_claim, check_run
 from medvae.gate.croissant import croissant
-from medvae.gate.evidence import AUDIT_FILES, Evidence, read_evidence, read_privacy
+from medvae.gate.evidence import Evidence, read_evidence, read_privacy
 from medvae.gate.hub import write_hub_card
 from medvae.gate.licences import Licence, licence_of
 from medvae.gate.outcome import Check, overridden
+from medvae.gate.reports import AUDIT_FILE
 from medvae.schemas import check, version
 from medvae.synth import sample
 from medvae.synth.staging import staged_folder
@@ -63,8 +63,8 @@ def release(
     """Check a finished run and write the release folder `out`; return a summary.
 
     Guarantee: what is written is post-processing of a model that is (epsilon, delta)-DP as its certificate states.
-    render writes certificate.html and .pdf into a folder, from the certificate; render_audit does so for a public
-    audit.json, which is printed anew where `config.override` let a check pass. `out` appears complete or not at all.
+    render writes certificate.html and .pdf into a folder, from the certificate; render_audit does so for the public
+    audit.json, into which `config.override` is printed where it let a check pass. `out` appears complete or not at all.
     Raises RunError for a run, report or `out` that cannot be used, ConfigError for a table or key that cannot, and
     NotReleasable, naming the check, where the gate stays closed.
     """
@@ -82,7 +82,7 @@ def release(
         if planted is not None:
             write_json(folder / canary.FILE, planted)
         if report is not None:
-            _copy_audit(report / "public", folder / "audit", override, render_audit)
+            write_audit(report / "public", folder / "audit", override, render_audit)
         files = seal(folder, proof, key)
     return {
         "count": config.count,
@@ -254,20 +254,19 @@ def _provenance(evidence: Evidence, proof: Mapping[str, Any], config: ReleaseCon
     return data
 
 
-def _copy_audit(public: Path, target: Path, override: Mapping[str, Any] | None, render: Render | None) -> None:
-    """Copy the public report, by name: anything else in its folder stays behind. An override is printed into it."""
-    target.mkdir()
+def write_audit(public: Path, target: Path, override: Mapping[str, Any] | None, render: Render | None) -> None:
+    """Write the public report anew from its JSON, with an override printed into it.
+
+    The pages that lie beside the JSON stay behind: what was checked is the JSON, and they may say something else.
+    """
+    audit = json.loads((public / AUDIT_FILE).read_text(encoding="utf-8"))
     if override is not None:
-        audit = json.loads((public / AUDIT_FILES[0]).read_text(encoding="utf-8"))
         audit["decision"] = {**audit["decision"], "override": dict(override)}
-        check("audit", audit)
-        write_json(target / AUDIT_FILES[0], audit)
-        if render is not None:
-            render(audit, target)
-        return
-    for name in AUDIT_FILES:
-        if (public / name).is_file():
-            shutil.copyfile(public / name, target / name)
+    check("audit", audit)
+    target.mkdir()
+    write_json(target / AUDIT_FILE, audit)
+    if render is not None:
+        render(audit, target)
 
 
 def seal(folder: Path, proof: Mapping[str, Any], key: Ed25519PrivateKey) -> int:

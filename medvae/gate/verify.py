@@ -1,7 +1,8 @@
 """A third party's check of a release folder: no private data, no network, no model.
 
 In order: every file against SHA256SUMS, the signature over those sums, the certificate's form, the claim recomputed
-by two accountants, the bounds on attacks, the rule for delta, the number of images, and the statistics of the canaries.
+by two accountants, the bounds on attacks, words and spending beside it, the rule for delta, the number of images, the
+statistics of the canaries, and the claim of the report that goes along.
 Every byte of the folder is under the signature or has one accepted form, so any changed bit fails.
 """
 
@@ -17,14 +18,17 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from medvae.dp.tradeoff import plain_words
 from medvae.errors import ConfigError, MedvaeError, RunError, VerificationFailed
 from medvae.gate import canary, certificate, manifest, sign
-from medvae.gate.checks import bounds, delta_rule, headline, recompute
+from medvae.gate.checks import AGREEMENT, bounds, delta_rule, headline, recompute
+from medvae.gate.findings import CLAIMED, SAME, planted_by
 from medvae.gate.outcome import Check
 from medvae.schemas import problem
 from medvae.types import Mechanism
 
 CERTIFICATE = "privacy/certificate.json"
+AUDIT = "audit/audit.json"
 _MARKS = (manifest.SUMS, manifest.STATEMENT, CERTIFICATE)
 _SUBJECT = re.compile(r"(nifti|dicom|png|huggingface)/(?:data/)?(?:sub-)?(SYN\d+)")
 _MODEL = ("models/weights.safetensors", "models/model.json")
@@ -62,9 +66,12 @@ def verify(release: Path, public_key: Path | None = None) -> dict[str, Any]:
         headline(proof["claim"], _mechanisms(proof["claim"])),
         _epsilon(proof["claim"]),
         _bounds(proof["claim"]),
+        _words(proof),
+        _spending(proof),
         delta_rule(proof["claim"]["delta"], proof["claim"]["patients"]),
         _count(release, proof["release"], sums),
         *_canaries(release, proof, sums),
+        *_audit(release, proof, sums),
     ]
     for check in checks:
         if not check.ok:
@@ -157,15 +164,78 @@ def _bounds(claim: Mapping[str, Any]) -> Check:
 
 
 def _canaries(release: Path, proof: Mapping[str, Any], sums: Mapping[str, str]) -> list[Check]:
-    """Recompute the one-run audit, where the release holds one."""
+    """Recompute the one-run audit; a training that planted canaries has to show them."""
     if canary.FILE not in sums:
-        return []
+        planted = planted_by(_recipe(release, sums))
+        words = "the training planted canaries, and what they showed is missing from the release"
+        none = "this training planted none, so nothing here tests how it was run"
+        return [Check("canaries", not planted, words if planted else none)]
     try:
         document = json.loads(_read(release, canary.FILE))
     except ValueError:
         raise VerificationFailed("canaries: canary.json is not readable as JSON") from None
     claim, overridden = proof["claim"], (proof["override"] or {}).get("overridden", ())
     return [canary.canary_check(document, claim, _mechanisms(claim), overridden="canaries" in overridden)]
+
+
+def _recipe(release: Path, sums: Mapping[str, str]) -> Mapping[str, Any]:
+    """Return the recipe that a cohort's provenance or a bundle's model card names."""
+    for name, keys in (("provenance.json", ("model", "recipe")), (_MODEL[1], ("recipe",))):
+        if name not in sums:
+            continue
+        try:
+            found: Any = json.loads(_read(release, name))
+            for key in keys:
+                found = found[key]
+            return {"canaries": {"enabled": bool(found["canaries"]["enabled"])}}
+        except (ValueError, KeyError, TypeError):
+            break
+    raise VerificationFailed("canaries: the release names no recipe, so nothing says whether canaries were planted")
+
+
+def _audit(release: Path, proof: Mapping[str, Any], sums: Mapping[str, str]) -> list[Check]:
+    """Hold the public report, where one goes along, against the certificate."""
+    if proof["audit"] is None and AUDIT not in sums:
+        return []
+    if proof["audit"] is None:
+        return [Check("audit", False, "a report goes along that the certificate does not name")]
+    if AUDIT not in sums:
+        return [Check("audit", False, "the certificate names a report, and it is missing from the release")]
+    try:
+        report = json.loads(_read(release, AUDIT))
+    except ValueError:
+        report = None
+    found = "it is not readable as JSON" if not isinstance(report, dict) else problem("audit", report)
+    if found is not None or report["audience"] != "public":
+        return [Check("audit", False, f"audit.json: {found or 'it is not the public report'}")]
+    told, claim = report["claim"], proof["claim"]
+    theirs = {**claim, "receipt_digest": claim["receipt"]["digest"]}
+    keys = {*CLAIMED, "receipt_digest", "weights_sha256"} | (set(SAME) & told.keys() & theirs.keys() - {"crosscheck"})
+    other = sorted(key for key in keys if told.get(key) != theirs[key])
+    if other:
+        return [Check("audit", False, f"the report and the certificate differ in {other[0]!r}")]
+    same = report["decision"]["verdict"] == proof["audit"]["decision"]
+    words = "of this run and claim" if same else "another decision than the certificate names"
+    return [Check("audit", same, f"the public report is {words}" if same else f"the public report holds {words}")]
+
+
+def _spending(proof: Mapping[str, Any]) -> Check:
+    """All runs on the cohort cannot have spent less than this one."""
+    claim, total = proof["claim"], proof["cumulative"]
+    same = all(claim[key] == total[key] for key in certificate.SHORT if key != "epsilon")
+    ok = same and total["runs"] >= 1 and total["epsilon"] >= claim["epsilon"] * (1 - AGREEMENT)
+    words = f"epsilon {total['epsilon']:.6g} by {total['runs']} runs on this cohort"
+    return Check("spending", ok, words if ok else f"{words}, which is less than this run alone")
+
+
+def _words(proof: Mapping[str, Any]) -> Check:
+    """What the certificate says in plain language must be what its numbers say; other versions have other words."""
+    claim = proof["claim"]
+    if proof["tool"] != certificate.TOOL:
+        return Check("plain words", True, "written by another version, not compared")
+    found = plain_words(claim["epsilon"], claim["delta"], _mechanisms(claim))
+    same = list(proof["plain_words"]) == list(found) and list(proof["limits"]) == list(certificate.LIMITS)
+    return Check("plain words", same, "say what the numbers say" if same else "say something else than the numbers do")
 
 
 def _count(release: Path, made: Mapping[str, Any], sums: Mapping[str, str]) -> Check:

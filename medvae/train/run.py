@@ -28,8 +28,10 @@ from typing import Any
 import torch
 
 from medvae.config import TrainConfig
+from medvae.dp.canaries import unjudged_digest
 from medvae.dp.ledger import Ledger, Receipt
 from medvae.dp.ledger_place import ledger_facts, open_ledger
+from medvae.dp.marks import end_note, start_note
 from medvae.dp.staging import DPSGD
 from medvae.errors import BudgetExceeded, ConfigError, RunError
 from medvae.nets.build import TEACHER_PREFIX, build_model, make_card, state_arrays
@@ -120,7 +122,7 @@ def train(
     with _open_run(out, facts, resume=resume) as run:
         randomness = make_randomness(config.noise_source, config.seed)
         canaries = _canaries(plan, store, run, randomness)
-        receipt = _charge(ledger, run, plan, canaries)
+        receipt = _charge(ledger, run, plan, randomness, canaries)
         model = _initial_model(plan, store, config.seed)
         if plan.recipe.pretraining.source != "none":
             pretraining_stage(model, plan.recipe, declared, config.seed, run.private)
@@ -142,9 +144,12 @@ def _canaries(plan: TrainPlan, store: CohortStore, run: RunFolder, randomness: R
     return make_canaries(plan.privacy, plan.recipe.canaries, store.space, scans, run.path, source)
 
 
-def _charge(ledger: Ledger, run: RunFolder, plan: TrainPlan, canaries: RunCanaries | None) -> Receipt:
+def _charge(
+    ledger: Ledger, run: RunFolder, plan: TrainPlan, randomness: Randomness, canaries: RunCanaries | None
+) -> Receipt:
     """Charge the run; the ledger's note holds the digest of the canaries' coins, so they were tossed before."""
-    note = f"train {plan.recipe.name}" + (f"; canaries {canaries.commitment.digest}" if canaries else "")
+    coins = canaries.commitment.digest if canaries else None
+    note = start_note(plan.recipe.name, randomness.name, plan.privacy.patients, coins)
     try:
         return ledger.reserve(run.run_id, plan.privacy.mechanisms, plan.privacy.delta, note)
     except BudgetExceeded:
@@ -241,14 +246,15 @@ def _finish(
     if made.teacher is not None:
         weights |= state_arrays(made.teacher, TEACHER_PREFIX)
     written = write_release(run.path / "model", ModelRelease(weights=weights, card=card))
-    _commit(ledger, run.run_id, f"weights {written['weights_sha256']}")
+    binding = {"receipt_digest": receipt.digest, "weights_sha256": written["weights_sha256"]}
+    seen = canaries.document(binding) if canaries is not None else None
+    _commit(ledger, run.run_id, end_note(written["weights_sha256"], unjudged_digest(seen) if seen else None))
     claim = privacy_claim(plan.privacy, store.space, randomness, receipt, run.fingerprint, plan.warnings, plan.asked)
     claim["processes"] = processes
     if made.public is not None:
         claim |= public_cohort(claim, made.public.facts())
-    if canaries is not None:
-        binding = {"receipt_digest": receipt.digest, "weights_sha256": written["weights_sha256"]}
-        write_json(run.path / "canary.json", canaries.document(binding))
+    if seen is not None:
+        write_json(run.path / "canary.json", seen)
     write_json(run.path / "privacy.json", claim)
     return claim
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hand_made_run import agree_once, build_run, edit_json, fake_generate, fake_render, release
+from hand_made_run import agree_once, build_run, edit_json, fake_generate, fake_render, fake_render_audit, release
 
 from medvae.config import ReleaseConfig
 from medvae.gate import checks
@@ -52,7 +52,7 @@ def base_release(base_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         patch.setattr(sample, "generate", fake_generate)
         patch.setattr(checks, "agree", agree_once)
         patch.delenv("MEDVAE_SIGNING_KEY", raising=False)
-        release(base_run, out, config, render=fake_render)
+        release(base_run, out, config, render=fake_render, render_audit=fake_render_audit)
     return out
 
 

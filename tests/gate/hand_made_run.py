@@ -15,6 +15,7 @@ from medvae.config import CanaryConfig, Recipe, ReleaseConfig
 from medvae.crosscheck import Agreement, agree
 from medvae.dp.accounting import pld_epsilon
 from medvae.dp.ledger import Ledger
+from medvae.dp.marks import end_note, start_note
 from medvae.dp.tradeoff import plain_words
 from medvae.gate import release as gate
 from medvae.synth.store import write_release
@@ -104,6 +105,20 @@ def build_run(
     return run
 
 
+def charge_anew(
+    run: Path, coins: str | None = None, seen: str | None = None, noise: str = "os_entropy:chacha20"
+) -> None:
+    """Give the run another ledger, whose notes name these digests of canaries, with the receipt and report to fit."""
+    book = run.parent / "cohort" / "ledger.db"
+    book.unlink()
+    ledger = Ledger(book)
+    receipt = ledger.reserve("run-7f3a", MECHANISMS, DELTA, note=start_note(PLANTED[0], noise, PATIENTS, coins))
+    card = json.loads((run / "model" / "model.json").read_text())
+    ledger.commit("run-7f3a", end_note(card["weights_sha256"], seen))
+    edit_json(run / "privacy.json", receipt=receipt.to_json())
+    write_report(run)
+
+
 def release(run: Path, out: Path, config: ReleaseConfig, **given: Any) -> dict[str, Any]:
     """The gate's release, with the audit that lies beside the run unless another or none is given."""
     return gate.release(run, out, config, **{"report": run.parent / "report", **given})
@@ -164,6 +179,10 @@ def fake_generate(model: ModelRelease, conditions: Any, seed: int, progress: Any
 def fake_render(certificate: Mapping[str, Any], folder: Path) -> None:
     (folder / "certificate.html").write_text(f"<title>{certificate['title']}</title>")
     (folder / "certificate.pdf").write_bytes(b"%PDF-1.7 " + str(certificate["claim"]["epsilon"]).encode())
+
+
+def fake_render_audit(audit: Mapping[str, Any], folder: Path) -> None:
+    (folder / "audit.html").write_text(f"<p>{audit['decision']['verdict']}</p>")
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -86,7 +86,7 @@ def test_real_model_bundle_is_the_released_generator_and_no_more(bundle: Path) -
     assert names == {
         "LICENSE", "SHA256SUMS", "statement.dsse.json", "configs/inference.json", "configs/metadata.json",
         "docs/README.md", "models/model.json", "models/weights.safetensors", "privacy/certificate.json",
-        "privacy/certificate.html", "privacy/certificate.pdf",
+        "privacy/certificate.html", "privacy/certificate.pdf", "audit/audit.json",
     }  # fmt: skip
     for path in bundle.rglob("*"):
         if path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from medvae.dp.noise import seeded_noise
 from medvae.errors import ConfigError, RunError
 from medvae.gate import findings
 from medvae.gate.evidence import read_evidence, read_privacy
+from medvae.gate.reports import edited, latest, remember
 from medvae.gate.verify import verify
 from medvae.schemas import problem
 from medvae.types import Mechanism
@@ -38,8 +40,16 @@ def proof_of(out: Path) -> dict[str, Any]:
 
 def test_the_public_report_goes_along_by_name(run: Path) -> None:
     out = run.parent / "release"
-    summary = hand.release(run, out, SMALL, render=hand.fake_render)
+    (run.parent / "report" / "public" / "audit.html").write_text(hand.PLANTED[0])  # an edited page stays behind
+    summary = hand.release(
+        run,
+        out,
+        SMALL,
+        render=hand.fake_render,
+        render_audit=lambda audit, folder: (folder / "audit.html").write_text(audit["decision"]["verdict"]),
+    )
     assert sorted(p.name for p in (out / "audit").iterdir()) == ["audit.html", "audit.json"]
+    assert (out / "audit" / "audit.html").read_text() == "CONDITIONAL"
     assert proof_of(out)["audit"]["decision"] == "CONDITIONAL"
     assert proof_of(out)["override"] is summary["override"] is None
 
@@ -197,11 +207,12 @@ def test_a_reason_says_why(reason: str) -> None:
 
 def plant(run: Path, noise: float = 1.0, leak: float = 0.0, **changes: Any) -> Path:
     """Write canary.json of a training with `noise` times the claimed noise; leak: added to the scores of members."""
+    commitment = canaries.commit(canaries.register(400, hand.MECHANISMS, 4), seeded_noise(1))
+    hand.charge_anew(run, commitment.digest)
     privacy = json.loads((run / "privacy.json").read_text())
     card = json.loads((run / "model" / "model.json").read_text())
     binding = {"receipt_digest": privacy["receipt"]["digest"], "weights_sha256": card["weights_sha256"]}
     rng = np.random.default_rng(0)
-    commitment = canaries.commit(canaries.register(400, hand.MECHANISMS, 4), seeded_noise(1))
     coins = np.asarray(commitment.coins)
     watches = [Watch(coins, mechanism) for mechanism in hand.MECHANISMS]
     for watch in watches:
@@ -262,3 +273,110 @@ def test_canaries_that_were_planted_must_be_shown(run: Path) -> None:
     answer = findings.canary(missing)
     assert (answer.ok, answer.overridable) == (False, False)
     assert "canary.json is missing" in answer.detail
+
+
+# false stories: each of them passed once
+
+
+def canary_file(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "canary.json").read_text())
+    return found
+
+
+def test_coins_tossed_after_the_run_close_the_gate(run: Path) -> None:
+    """Scores of a broken training, with coins and commitment made anew so that they agree with each other."""
+    plant(run, noise=0.5)
+    refuse(run, "they refute the claim")
+    ledger_of_the_run = (run.parent / "cohort" / "ledger.db").read_bytes()
+    receipt = json.loads((run / "privacy.json").read_text())["receipt"]
+    other = canaries.commit(canaries.register(400, hand.MECHANISMS, 4), seeded_noise(2))
+    plant(run)
+    forged = canary_file(run) | {"receipt_digest": receipt["digest"], "flips": canaries.flips(other.coins)}
+    forged |= {"included": int(other.coins.sum())}
+    forged |= {"commitment": {"algorithm": "sha256", "digest": other.digest, "salt": other.salt}}
+    (run.parent / "cohort" / "ledger.db").write_bytes(ledger_of_the_run)
+    hand.edit_json(run / "privacy.json", receipt=receipt)
+    hand.write_report(run)
+    hand.write_json(run / "canary.json", forged)
+    refuse(run, "coins of canary.json are not those recorded before the first step", config=OVERRIDE)
+
+
+def test_scores_altered_after_the_run_close_the_gate(run: Path) -> None:
+    plant(run)
+    found = canary_file(run)
+    hand.charge_anew(run, found["commitment"]["digest"], canaries.unjudged_digest(found))
+    digest = json.loads((run / "privacy.json").read_text())["receipt"]["digest"]
+    found["receipt_digest"] = digest
+    hand.write_json(run / "canary.json", found)
+    refuse(run, "canary.json was altered since the run ended", config=OVERRIDE)  # the receipt is under the digest too
+
+
+def test_canaries_that_the_ledger_knows_cannot_be_hidden(run: Path) -> None:
+    """Neither by deleting what they showed, nor by a model card that says there were none."""
+    plant(run)
+    (run / "canary.json").unlink()
+    refuse(run, "planted canaries and canary.json is missing", config=OVERRIDE)
+
+
+def test_canaries_that_the_ledger_does_not_know_are_not_shown(run: Path) -> None:
+    plant(run)
+    shown = canary_file(run)
+    hand.charge_anew(run)
+    receipt = json.loads((run / "privacy.json").read_text())["receipt"]
+    hand.write_json(run / "canary.json", shown | {"receipt_digest": receipt["digest"]})
+    refuse(run, "not those recorded before the first step", config=OVERRIDE)
+
+
+@pytest.mark.parametrize("side", ["public", "internal"])
+@pytest.mark.parametrize(("key", "value"), [("epsilon", 0.1), ("delta", 1e-9), ("patients", 10**6), ("epsilon", None)])
+def test_a_report_that_states_another_claim_is_never_accepted(run: Path, side: str, key: str, value: Any) -> None:
+    audit = hand.audit_of(run, side)
+    audit["claim"][key] = value
+    refuse(run, "states another claim than the run", report=hand.write_report(run, **{side: audit}), config=OVERRIDE)
+
+
+@pytest.mark.parametrize("side", ["public", "internal"])
+def test_a_report_edited_since_the_audit_wrote_it_is_never_accepted(run: Path, side: str) -> None:
+    """A decision, say, in an otherwise well-formed report; the same report elsewhere has nothing to compare with."""
+    report = hand.write_report(run, internal=hand.audit_of(run, "internal", decision=AGAINST))
+    remember(run, report)
+    refuse(run, "decided DO NOT RELEASE", report=report)
+    path = report / side / "audit.json"
+    before = path.read_bytes()
+    hand.edit_json(path, decision={"verdict": "RELEASE", "reasons": [], "provenance": "public"})
+    refuse(run, "edited since the audit wrote it", report=report, config=OVERRIDE)
+    path.write_bytes(before)
+    refuse(run, "decided DO NOT RELEASE", report=report)
+    (report / "internal" / "audit.json").unlink()
+    refuse(run, "edited since the audit wrote it", report=report, config=OVERRIDE)
+
+
+def test_the_latest_report_is_found_and_an_earlier_one_is_still_known(run: Path, tmp_path: Path) -> None:
+    first = hand.write_report(run)
+    remember(run, first)
+    second = tmp_path / "second"
+    shutil.copytree(first, second)
+    remember(run, second)
+    assert latest(run) == second
+    hand.edit_json(first / "public" / "audit.json", tier="full")
+    assert edited(run, first)
+    assert not edited(run, second)
+    shutil.rmtree(second)
+    assert latest(run) is None
+    (run / "private" / "audits.json").write_text("[")
+    assert latest(run) is None
+    assert not edited(run, first)
+
+
+def test_a_seeded_run_that_says_otherwise_is_refused(run: Path) -> None:
+    """Everything in the run's own folder may be edited; what the ledger noted as the run began may not."""
+    hand.charge_anew(run, noise="seeded:chacha20")
+    refuse(run, "receipt: the ledger noted another noise source", config=OVERRIDE)
+
+
+def test_a_run_that_changes_its_number_of_patients_is_refused(run: Path) -> None:
+    """Delta is judged by it."""
+    hand.charge_anew(run)
+    hand.edit_json(run / "privacy.json", patients=hand.PATIENTS // 10)
+    hand.write_report(run)
+    refuse(run, "receipt: the ledger noted another number of patients", config=OVERRIDE)

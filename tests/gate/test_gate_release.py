@@ -238,7 +238,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "bids": (bids, "write_bids"),
     "croissant": (gate, "croissant"),
     "provenance": (gate, "_provenance"),
-    "audit": (gate, "_copy_audit"),
+    "audit": (gate, "write_audit"),
     "sums": (manifest, "render"),
     "statement": (sign, "seal"),
     "nifti": (gate.WRITERS, "nifti"),

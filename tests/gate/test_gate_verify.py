@@ -40,7 +40,8 @@ def test_an_untouched_release_passes_and_says_who_signed(base_release: Path) -> 
     result = verify(base_release)
     assert problem("verify", result) is None
     assert [c["name"] for c in result["checks"]] == [
-        "files", "signature", "statement", "certificate", "claim", "headline", "epsilon", "bounds", "delta", "count",
+        "files", "signature", "statement", "certificate", "claim", "headline", "epsilon", "bounds", "plain words",
+        "spending", "delta", "count", "canaries", "audit",
     ]  # fmt: skip
     assert result["key"]["pinned"] is False
     assert "who signed is not proven" in result["checks"][1]["detail"]
@@ -188,6 +189,13 @@ def test_a_forger_with_an_own_key_passes_only_without_a_pin(released: Path, base
         (lambda p: p["claim"].update(noise_source="seeded"), "certificate"),
         (lambda p: p["checks"][0].update(ok=False), "certificate"),
         (lambda p: p["claim"].pop("mu"), "certificate"),
+        (lambda p: p["plain_words"].__setitem__(0, "Nobody can be recognised."), "plain words"),
+        (lambda p: p["limits"].pop(), "plain words"),
+        (lambda p: p["cumulative"].update(epsilon=0.1), "spending"),
+        (lambda p: p["cumulative"].update(runs=0), "certificate"),
+        (lambda p: p["cumulative"].update(delta=1e-3), "spending"),
+        (lambda p: p.update(audit=None), "audit"),
+        (lambda p: p["audit"].update(decision="RELEASE"), "audit"),
         (lambda p: p["release"].update(count=4), "count"),
         (lambda p: p["release"].update(formats=["npz", "nifti", "png"]), "count"),
     ],
@@ -196,6 +204,41 @@ def test_a_signed_claim_that_does_not_hold_fails(released: Path, change: Callabl
     """Even who holds a key cannot sign a smaller epsilon than the mechanisms cost, or more images than there are."""
     reseal(released, change)
     assert fail(released).startswith(f"{check}: ")
+
+
+def _plant(provenance: dict[str, Any]) -> None:
+    provenance["model"]["recipe"]["canaries"]["enabled"] = True
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "check"),
+    [
+        ("audit/audit.json", lambda a: a["claim"].update(epsilon=0.1), "audit: .*'epsilon'"),
+        ("audit/audit.json", lambda a: a["claim"].update(patients=10**6), "audit: .*'patients'"),
+        ("audit/audit.json", lambda a: a["claim"].update(receipt_digest="0" * 64), "audit: .*'receipt_digest'"),
+        ("audit/audit.json", lambda a: a["claim"].update(weights_sha256="0" * 64), "audit: .*'weights_sha256'"),
+        ("audit/audit.json", lambda a: a["claim"].pop("mechanisms"), "audit: "),
+        ("audit/audit.json", lambda a: a["decision"].update(verdict="RELEASE"), "audit: .*another decision"),
+        ("audit/audit.json", lambda a: a.update(audience="internal"), "audit: .*not the public"),
+        ("audit/audit.json", lambda a: a.update(note="x"), "audit: "),
+        ("provenance.json", _plant, "canaries: the training planted canaries"),
+        ("provenance.json", lambda p: p["model"].pop("recipe"), "canaries: the release names no recipe"),
+    ],
+)
+def test_parts_of_a_signed_release_that_tell_different_stories_fail(
+    released: Path, name: str, change: Callable[[Any], Any], check: str
+) -> None:
+    story = read(released / name)
+    change(story)
+    (released / name).write_text(json.dumps(story), encoding="utf-8")
+    reseal(released, lambda proof: None)
+    fail(released, f"^{check}")
+
+
+def test_a_report_that_went_missing_is_seen(released: Path) -> None:
+    (released / "audit" / "audit.json").unlink()
+    reseal(released, lambda proof: None)
+    fail(released, "^audit: .*missing")
 
 
 def test_a_statement_of_other_subjects_or_another_claim_fails(released: Path) -> None:
