@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from medvae.audit import fidelity, radiomics, utility
@@ -128,20 +130,28 @@ def utility_part(case: Case) -> Part:
 def learners_seconds(case: Case) -> float:
     """Estimate what the learners of `utility_part` take, from a few steps of one of each kind on synthetic scans."""
     made, effort = case.made.take(np.arange(min(len(case.made), utility.BATCH))), case.effort
-    look = utility.Budget(LOOK, case.config.confidence, 1, case.config.seed)
     first_class = next((c for c in made.space.conditions if c.kind == "class" and len(c.classes) > 1), None)
     seconds = 0.0
     if first_class is not None:
         few = _small(made, VOLUME)
-        once = seconds_of(lambda: utility.classify(few, few.take(np.arange(2)), first_class, look))
-        seconds += CLASSIFIERS * once / LOOK * effort.classifier_steps
+        step = _step_seconds(case, lambda budget: utility.classify(few, few.take(np.arange(2)), first_class, budget))
+        seconds += CLASSIFIERS * step * effort.classifier_steps
     if made.space.mask_labels:
-        few = _small(made, SEGMENTED_VOLUME)
-        one = few.take(np.arange(1))
-        utility.segment(few, one, utility.Budget(1, look.confidence, 1, look.seed))  # the first loads MONAI
-        once = seconds_of(lambda: utility.segment(few, one, look))
-        seconds += SEGMENTERS * once / LOOK * effort.segmenter_steps
+        cut = _small(made, SEGMENTED_VOLUME)
+        step = _step_seconds(case, lambda budget: utility.segment(cut, cut.take(np.arange(1)), budget))
+        seconds += SEGMENTERS * step * effort.segmenter_steps
     return seconds
+
+
+def _step_seconds(case: Case, fit: Callable[[utility.Budget], object]) -> float:
+    """Time a step of a learner, less what a fit of one step takes; the very first loads what it needs."""
+
+    def timed(steps: int) -> float:
+        return seconds_of(lambda: fit(utility.Budget(steps, case.config.confidence, 1, case.config.seed)))
+
+    timed(1)
+    once = timed(1)
+    return max(0.0, timed(1 + LOOK) - once) / LOOK
 
 
 def _small(scans: Scans, volume: int) -> Scans:

@@ -59,11 +59,12 @@ def attacks(**changes: Any) -> dict[str, Any]:
 
 def test_the_public_part_is_public_and_its_numbers_are_the_oracles(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crashed = Mechanism("dpsgd", 1.0, 0.2, 10)
+    plant(run)  # it charges the run anew
     book = Ledger(run.parent / "cohort" / "ledger.db")
     book.reserve("a crashed run", [crashed], hand.DELTA, note=hand.PLANTED[0])
     book.set_budget(20.0, hand.DELTA)
     monkeypatch.setattr(canaries, "visible_factor", lambda *_: 0.7)  # so few steps accuse nothing else
-    audit = complete(hand.audit_of(plant(run)), run)
+    audit = complete(hand.audit_of(run), run)
     assert problem("audit", audit) is None
     board = audit["board"]
     rungs = {r["kind"]: r["epsilon"] for r in board["ladder"]["rows"]}
