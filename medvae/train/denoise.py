@@ -14,6 +14,7 @@ Array = npt.NDArray[np.float64]
 CERTAIN = 3.0
 # How large the difference between conditions may be, as a variance over that within one: candidates.
 SCALES = np.geomspace(1e-3, 1e3, 61)
+LENGTHEN = 2.0
 
 
 def shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
@@ -32,7 +33,7 @@ def shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
 
 
 def shrink_along(rows: Array, noise_sd: Array, directions: Array, left: Array) -> Array:
-    """Shrink rows (H, C, *k) to where scans vary: the mean of each row given itself with its noise.
+    """Shrink rows (H, C, *k) to where scans vary: the mean of each row given its noise, at its likely length.
 
     A row is taken for N(0, t S), with S the covariance within a condition: `directions` (d, C, *k), mutually
     orthogonal, each scaled by its standard deviation, and the variance `left` (C, *k) of single coefficients beyond
@@ -49,7 +50,10 @@ def shrink_along(rows: Array, noise_sd: Array, directions: Array, left: Array) -
     for row, mine in zip(values, noise, strict=True):
         total = SCALES[:, None] * variance + mine
         scale = SCALES[np.argmin((np.square(row) / total + np.log(total)).sum(1))]
-        row *= scale * variance / (scale * variance + mine)
+        factor = scale * variance / (scale * variance + mine)
+        row *= factor
+        known, unknown = np.square(row).sum(), (factor * mine).sum()
+        row *= min(LENGTHEN, (1 + unknown / max(known, 1e-30)) ** 0.5)
     out = values[:, : len(unit)] @ unit + values[:, len(unit) :]
     return np.asarray(out.reshape(rows.shape))
 

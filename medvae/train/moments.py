@@ -69,6 +69,9 @@ IMAGE_WEIGHT = 0.5
 GREY_WEIGHT, TWO_VALUED = 0.25, 0.3
 # The clip is the norm that this share of patients stays under: more clips the anatomy, less adds noise.
 CLIP_QUANTILE = 0.8
+# A mean alone clips nearly every scan, at this share of the typical norm: a clip that some stay under is longer than
+# theirs, and its noise with it.
+TIGHT = 0.8
 # Size of the warps that `warped_pairs` asks for, by which hippocampi were rebuilt best: docs/family.md.
 WARP = 0.75
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
@@ -82,12 +85,30 @@ def norm_buckets(norms: Tensor, size: int, edges: Array = RMS_EDGES) -> Tensor:
     return torch.nn.functional.one_hot(torch.bucketize(norms, bounds), len(edges) + 1).double()
 
 
+def _shown(histogram: Array, noise_sd: float) -> Array:
+    """Return the bins of a noisy histogram that show, and zero for the others."""
+    return np.where(histogram > min(SEEN * noise_sd, histogram.max() / 2), np.maximum(histogram, 0.0), 0.0)
+
+
 def radius_of(histogram: Array, size: int, noise_sd: float = 0.0, edges: Array = RMS_EDGES) -> float:
     """Return the clip norm at CLIP_QUANTILE of a noisy histogram, of the bins that show: post-processing."""
-    shown = np.where(histogram > min(SEEN * noise_sd, histogram.max() / 2), np.maximum(histogram, 0.0), 0.0)
+    shown = _shown(histogram, noise_sd)
     cumulative = np.cumsum(shown)
     bucket = int(np.searchsorted(cumulative, CLIP_QUANTILE * cumulative[-1])) if cumulative[-1] > 0 else 0
     return float(edges[min(bucket, len(edges) - 1)] * size**0.5)
+
+
+def typical_norm(histogram: Array, size: int, noise_sd: float, edges: Array) -> float:
+    """Return the average norm around the median of a noisy histogram, by the middles of its bins: post-processing.
+
+    Around the median, since one empty bin in five histograms shows by chance, and may lie anywhere.
+    """
+    shown = _shown(histogram, noise_sd)
+    median = np.searchsorted(np.cumsum(shown), shown.sum() / 2)
+    near = shown * (np.abs(np.arange(len(shown)) - median) <= 1)
+    middles = np.sqrt(np.append(edges[0], edges) * np.append(edges, edges[-1]))
+    weights = near if near.any() else np.ones(len(near))
+    return float(middles @ weights / weights.sum() * size**0.5)
 
 
 def greyness(images: Tensor) -> Tensor:
@@ -180,6 +201,7 @@ class _Fit:
         self.coarse: tuple[slice, ...] = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
         # Clips: of coefficients of the basis, of all, of the coarse ones, and of those that a mixture covers.
         self.radius = self.full_radius = self.coarse_radius = self.box_radius = 0.0
+        self.length = 0.0  # the typical norm, of a mean alone
         image = IMAGE_WEIGHT if space.mask_labels and not shapes.mean_alone else 1.0
         weights = [image, *[1.0] * (space.channels - 1)]
         self.weights = np.asarray(weights).reshape(-1, *[1] * space.spatial_dims)
@@ -263,6 +285,7 @@ def _norms(fit: _Fit) -> None:
     """Choose the first clip and, where no masks stand beside the image, whether it is a shape: then it is a mask."""
     if fit.shapes.public_clips:
         fit.radius = (PUBLIC_RESIDUAL_RMS if fit.shapes.mean_alone else PUBLIC_RMS) * fit.elements**0.5
+        fit.length = fit.radius
         return
     low = fit.coarse if not fit.shapes.mean_alone else ...
     weight = 0.0 if fit.space.mask_labels else GREY_WEIGHT
@@ -276,7 +299,12 @@ def _norms(fit: _Fit) -> None:
         return torch.cat([buckets * rest, grey[:, None] * weight], dim=1)
 
     released, noise_sd = fit.release("norms", contribution), fit.noise_multipliers["norms"]
-    fit.radius = radius_of(released[: len(fit.edges) + 1] / rest, fit.elements, noise_sd / rest, fit.edges)
+    histogram = released[: len(fit.edges) + 1] / rest
+    if fit.shapes.mean_alone:
+        fit.length = typical_norm(histogram, fit.elements, noise_sd / rest, fit.edges)
+        fit.radius = TIGHT * fit.length
+    else:
+        fit.radius = radius_of(histogram, fit.elements, noise_sd / rest, fit.edges)
     if weight:
         grey, unsure = (float(v) / weight / fit.count for v in (released[-1], noise_sd))
         fit.part.two_valued.fill_(unsure < TWO_VALUED / 3 and grey < TWO_VALUED)
@@ -321,9 +349,9 @@ def _public_level(fit: _Fit) -> None:
 
 
 def _mean_alone(fit: _Fit) -> None:
-    """The overall mean."""
-    scale = fit.radius / fit.count
+    """The overall mean: of directions, nearly all scans being clipped, times the norm that is typical."""
     released = fit.release("means", lambda b: clip_rows(fit.residual(b).flatten(1), fit.radius))
+    scale = fit.length / fit.count
     noise_sd = fit.noise_multipliers["means"] * scale
     fit.set_overall(released.reshape(fit.space.channels, *fit.shapes.basis) * scale, noise_sd)
 

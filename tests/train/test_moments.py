@@ -15,7 +15,7 @@ from medvae.nets.linear import LinearPart, shells
 from medvae.nets.mixture import MixtureShapes
 from medvae.synth.phantom import make_phantom
 from medvae.train import denoise, moments, noisy_sums
-from medvae.train.moments import RELEASES, MomentShapes, fit_moments
+from medvae.train.moments import COARSE_EDGES, RELEASES, MomentShapes, fit_moments, typical_norm
 from medvae.train.noisy_sums import Pass, clip_rows, noisy_sum, patient_average
 from medvae.train.occupancy import smooth_occupancy
 from medvae.types import Batch, Condition, ImageSpace, Intensity
@@ -324,6 +324,17 @@ def test_a_mean_alone_asks_nobody_for_labels():
     parts = [fit_moments(s, np.arange(12), noise, LONE, noise=seeded_noise(0)).state_dict() for s in (first, other)]
     for name, tensor in parts[0].items():
         assert torch.equal(tensor, parts[1][name]), name
+
+
+def test_a_typical_norm_is_near_and_not_moved_by_a_bin_that_shows_by_chance():
+    rng, edges, off = np.random.default_rng(0), COARSE_EDGES, []
+    for _ in range(500):
+        true = rng.uniform(0.1, 0.8)
+        norms = true * rng.normal(1, 0.05, 100)
+        histogram = np.bincount(np.searchsorted(edges, norms), minlength=len(edges) + 1) + rng.normal(0, 12, 9)
+        off.append(typical_norm(histogram, 1, 12.0, edges) / true)
+    assert np.quantile(np.abs(np.log(off)), 0.98) < np.log(1.3)
+    assert typical_norm(np.zeros(9), 1, 12.0, edges) > 0
 
 
 def test_contrasts_are_shrunk_to_where_scans_vary():
