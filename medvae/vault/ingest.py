@@ -29,7 +29,7 @@ from medvae.vault.pictures import picture_source
 from medvae.vault.pool import Map, in_chunks, one_by_one, parallel
 from medvae.vault.preprocess import Grid, prepare
 from medvae.vault.scan import GEOMETRY, REMEDIES, Rules, Scan, Skipped, Source, Unusable, quiet
-from medvae.vault.split import assign, cap, number_patients
+from medvae.vault.split import assign, cap, number_patients, spelling
 from medvae.vault.store import SCHEMA, CohortWriter, levels
 from medvae.vault.table import Row, attach, read_table
 from medvae.vault.tally import Tally, fingerprint
@@ -101,7 +101,7 @@ def ingest(source: Path, out: Path, config: IngestConfig, progress: Progress | N
                 "split": {"train": train, "holdout": len(sides) - train},
                 "max_scans_per_patient": config.max_scans_per_patient,
                 "split_seed": config.split_seed,
-                "notes": [found.sentence(), *notes, *src.notes, *tally.notes()],
+                "notes": [found.sentence(), *notes, *src.notes, *tally.notes(), *spelling(r.patient for r in kept)],
                 "space": space.to_json(),
             }
             if src.unit_note:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -81,10 +81,15 @@ class _Pool:
         _server()
         forkserver.ensure_running()  # imports while this process looks for files
 
-    def _ready(self) -> ProcessPoolExecutor:
-        if self._pool is None:
+    def _submit(self, work: Callable[[A], B], item: A) -> Future[B]:
+        """Hand an item to the pool; to a new one where it has died meanwhile."""
+        try:
+            self._pool = self._pool or _processes(self._workers)
+            return self._pool.submit(work, item)
+        except BrokenProcessPool:
+            self.close()
             self._pool = _processes(self._workers)
-        return self._pool
+            return self._pool.submit(work, item)
 
     def map(self, work: Callable[[A], B], items: Iterable[A], /) -> Iterator[B | None]:
         flying: deque[tuple[A, Future[B]]] = deque()
@@ -94,22 +99,16 @@ class _Pool:
                 item = next(waiting, flying)
                 if item is flying:
                     break
-                try:
-                    flying.append((item, self._ready().submit(work, item)))  # type: ignore[arg-type]
-                except BrokenProcessPool:
-                    self.close()
-                    flying.append((item, self._ready().submit(work, item)))  # type: ignore[arg-type]
+                flying.append((item, self._submit(work, item)))  # type: ignore[arg-type]
             if not flying:
                 return
             item, future = flying.popleft()
             try:
                 result = future.result()
-            except BrokenProcessPool:
+            except (BrokenProcessPool, CancelledError):
                 self.close()
                 yield _alone(work, item)
-                again = [(i, f) for i, f in flying if (f.done() and f.exception() is not None) or not f.done()]
-                lost = {id(f) for _, f in again}
-                flying = deque((i, self._ready().submit(work, i) if id(f) in lost else f) for i, f in flying)
+                flying = deque((i, self._submit(work, i) if _lost(f) else f) for i, f in flying)
             else:
                 yield result
 
@@ -117,6 +116,11 @@ class _Pool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def _lost(future: Future[Any]) -> bool:
+    """Whether a future of a pool that broke and was closed has no result."""
+    return future.cancelled() or not future.done() or future.exception() is not None
 
 
 def _alone(work: Callable[[A], B], item: A) -> B | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -62,3 +63,24 @@ def cap(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
             mine = [mine[int(i)] for i in rng.permutation(len(mine))[:limit]]
         kept.update(mine)
     return [row for i, row in enumerate(rows) if i in kept]
+
+
+def spelling(patients: Iterable[str]) -> list[str]:
+    """Return a warning where ids differ from another one in case, leading zeros or separators alone.
+
+    A separator between two digits tells ids apart: 1-23 is not 12-3.
+    """
+    ids = set(patients)
+    bare = Counter(_bare(i) for i in ids)
+    alike = sum(count for count in bare.values() if count > 1)
+    if not alike:
+        return []
+    return [
+        f"{alike} of {len(ids)} patient ids differ from another one only in case, separators or leading zeros: if "
+        "these are one person, epsilon does not protect them as one; give a table with one id a person"
+    ]
+
+
+def _bare(patient: str) -> str:
+    joined = re.sub(r"(?<!\d)[\s_.^-]+|[\s_.^-]+(?!\d)", "", patient.casefold())
+    return re.sub(r"(?<!\d)0+(?=\d)", "", joined)

@@ -511,3 +511,24 @@ def test_declared_modality(tmp_path: Path, run: Any) -> None:
     write_nifti_cohort(tmp_path / "in", masks=False)
     store = run(tmp_path / "in", modality="CT", **SMALL)
     assert (store.space.modality, store.space.intensity.low) == ("CT", -1000.0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "alike"),
+    [
+        (("MUELLER01", "mueller01", "Mueller 1", "P2"), 3),
+        (("P3", "P-3", "P 3", "0042", "42"), 5),
+        (("1-23", "12-3", "100", "10", "1", "P10", "P1"), 0),
+    ],
+)
+def test_one_person_in_two_spellings_is_noted(tmp_path: Path, run: Any, ids: tuple[str, ...], alike: int) -> None:
+    """Two for one cannot be told from two, so it is said, by count and without the ids."""
+    from vault_sources import write_slice
+
+    for i, patient in enumerate(ids):
+        write_slice(tmp_path / "in" / f"{i}.dcm", noise((8, 8), i), PatientID=patient)
+    info = run(tmp_path / "in", shape=(8, 8)).info
+    said = [n for n in info["notes"] if "separators or leading zeros" in n]
+    assert [n.split(" patient ids")[0] for n in said] == ([f"{alike} of {len(ids)}"] if alike else [])
+    assert info["patients"] == len(ids)
+    assert not any(i in n for n in said for i in ids if len(i) > 2)

@@ -19,7 +19,7 @@ from medvae.config import IngestConfig
 from medvae.errors import CohortError
 from medvae.vault import ingest as ingest_module
 from medvae.vault.ingest import ingest
-from medvae.vault.pool import parallel
+from medvae.vault.pool import in_chunks, parallel
 from medvae.vault.store import open_cohort
 
 SMALL = {"shape": (8, 8, 8), "holdout": 0.0}
@@ -54,6 +54,15 @@ def pid_or_death(item: int) -> int:
 def test_a_worker_that_dies_costs_one_item() -> None:
     with parallel(2) as run:
         assert list(run(pid_or_death, range(12))) == [i * i if i != 5 else None for i in range(12)]
+
+
+def test_several_that_die_cost_themselves_alone() -> None:
+    """In tasks of several items, too, and however the rest was cancelled meanwhile."""
+    with parallel(2) as run:
+        for size in (1, 3):
+            assert list(in_chunks(run, pid_or_death, [5, 1, 5, 2, 3, 5, 5, 4], size)) == [
+                *(None, 1, None, 4, 9, None, None, 16),
+            ]
 
 
 def test_a_script_that_cannot_start_processes_is_told_so(tmp_path: Path) -> None:

@@ -38,9 +38,10 @@ def test_area_is_monais(case: tuple[np.ndarray, tuple[int, ...]]) -> None:
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_linear_is_monais(case: tuple[np.ndarray, tuple[int, ...]]) -> None:
+    """To one level of the store: torch knows the places between voxels in single precision only."""
     made = linear(*case)
     assert made.dtype == np.float32
-    np.testing.assert_allclose(made, monai(*case, "bilinear" if len(case[1]) == 2 else "trilinear"), atol=3e-6)
+    np.testing.assert_allclose(made, monai(*case, "bilinear" if len(case[1]) == 2 else "trilinear"), atol=1 / 65535)
 
 
 @settings(max_examples=100, deadline=None)
