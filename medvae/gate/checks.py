@@ -137,11 +137,8 @@ def _receipt(evidence: Evidence) -> Check:
         "the ledger holds no run of this receipt": reserved is None or reserved.receipt != receipt,
         "the ledger charged other mechanisms": reserved is not None and reserved.mechanisms != evidence.mechanisms,
         "the ledger charged at another delta": reserved is not None and reserved.delta != evidence.privacy["delta"],
-        # Not noted by earlier versions.
-        "the ledger noted another noise source": noted.get(NOISE, evidence.privacy["noise_source"])
-        != evidence.privacy["noise_source"],
-        "the ledger noted another number of patients": noted.get(PATIENTS, str(evidence.privacy["patients"]))
-        != str(evidence.privacy["patients"]),
+        "the ledger noted another noise source": noted.get(NOISE) != evidence.privacy["noise_source"],
+        "the ledger noted another number of patients": noted.get(PATIENTS) != str(evidence.privacy["patients"]),
         "the ledger does not say that the run ended": ended is None,
         "the run ended with other weights than these": ended is not None and marks(ended.note).get(WEIGHTS) != weights,
     }

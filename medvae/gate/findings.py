@@ -88,7 +88,7 @@ def canary(evidence: Evidence) -> Check:
         return Check("canaries", False, "canary.json is of another model, or older than it")
     if coins is None or (document.get("commitment") or {}).get("digest") != coins:
         return Check("canaries", False, "the coins of canary.json are not those recorded before the first step")
-    if seen is not None and canaries.unjudged_digest(document) != seen:  # not recorded by earlier versions
+    if canaries.unjudged_digest(document) != seen:
         return Check("canaries", False, "canary.json was altered since the run ended")
     try:
         found = canaries.judge(document, evidence.mechanisms, evidence.privacy["delta"])

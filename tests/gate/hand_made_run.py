@@ -35,6 +35,7 @@ SPACE = ImageSpace(
 MECHANISMS = (Mechanism("moments", 2.0), Mechanism("dpsgd", 1.1, sample_rate=0.1, count=20))
 DELTA = 1e-5
 PATIENTS = 200
+NOISE = "os_entropy:chacha20"
 PLANTED = ("PLANTED-JANSEN", "19470823", "/srv/ward7/scans")
 
 
@@ -65,13 +66,13 @@ def build_run(
     run, book = folder / "run", folder / "cohort" / "ledger.db"
     book.parent.mkdir(parents=True)
     ledger = Ledger(book)
-    receipt = ledger.reserve("run-7f3a", mechanisms, DELTA, note=PLANTED[0])
+    receipt = ledger.reserve("run-7f3a", mechanisms, DELTA, note=start_note(PLANTED[0], NOISE, PATIENTS, None))
     weights = {"decoder.weight": np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)}
     recipe = Recipe(canaries=CanaryConfig(enabled=False)).model_dump(mode="json")
     card = {"space": space.to_json(), "recipe": recipe}
     written = write_release(run / "model", model or ModelRelease(weights, card))
     if commit:
-        ledger.commit("run-7f3a", f"weights {written['weights_sha256']}")
+        ledger.commit("run-7f3a", end_note(written["weights_sha256"], None))
     epsilon = pld_epsilon(mechanisms, DELTA)
     write_json(
         run / "privacy.json",
@@ -87,7 +88,7 @@ def build_run(
             "max_grad_norm": 1.0,
             "steps": 20,
             "mechanisms": [m.to_json() for m in mechanisms],
-            "noise_source": "os_entropy:chacha20",
+            "noise_source": NOISE,
             "releasable": True,
             "patients": PATIENTS,
             "reasons": [],
@@ -105,18 +106,23 @@ def build_run(
     return run
 
 
-def charge_anew(
-    run: Path, coins: str | None = None, seen: str | None = None, noise: str = "os_entropy:chacha20"
-) -> None:
-    """Give the run another ledger, whose notes name these digests of canaries, with the receipt and report to fit."""
-    book = run.parent / "cohort" / "ledger.db"
+def charge_anew(run: Path, coins: str | None = None, noise: str = NOISE) -> None:
+    """Give the run another ledger, which notes that digest of coins and that source of noise; `end_anew` ends it."""
+    book = ledger_of(run)
     book.unlink()
-    ledger = Ledger(book)
-    receipt = ledger.reserve("run-7f3a", MECHANISMS, DELTA, note=start_note(PLANTED[0], noise, PATIENTS, coins))
+    note = start_note(PLANTED[0], noise, PATIENTS, coins)
+    edit_json(run / "privacy.json", receipt=Ledger(book).reserve("run-7f3a", MECHANISMS, DELTA, note=note).to_json())
+
+
+def end_anew(run: Path, seen: str | None = None) -> None:
+    """Note the run's end, with the digest of what canaries saw, and write the report that fits."""
     card = json.loads((run / "model" / "model.json").read_text())
-    ledger.commit("run-7f3a", end_note(card["weights_sha256"], seen))
-    edit_json(run / "privacy.json", receipt=receipt.to_json())
+    Ledger(ledger_of(run)).commit("run-7f3a", end_note(card["weights_sha256"], seen))
     write_report(run)
+
+
+def ledger_of(run: Path) -> Path:
+    return run.parent / "cohort" / "ledger.db"
 
 
 def release(run: Path, out: Path, config: ReleaseConfig, **given: Any) -> dict[str, Any]:

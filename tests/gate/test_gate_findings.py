@@ -223,6 +223,7 @@ def plant(run: Path, noise: float = 1.0, leak: float = 0.0, **changes: Any) -> P
     scores = {watch.mechanism.name: watch.scores + leak * coins for watch in watches}
     records = [watch.record() for watch in watches]
     document = canaries.document(commitment, scores, records, hand.MECHANISMS, hand.DELTA, binding)
+    hand.end_anew(run, canaries.unjudged_digest(document))
     hand.write_json(run / "canary.json", {**document, **changes})
     return run
 
@@ -304,11 +305,17 @@ def test_coins_tossed_after_the_run_close_the_gate(run: Path) -> None:
 def test_scores_altered_after_the_run_close_the_gate(run: Path) -> None:
     plant(run)
     found = canary_file(run)
-    hand.charge_anew(run, found["commitment"]["digest"], canaries.unjudged_digest(found))
-    digest = json.loads((run / "privacy.json").read_text())["receipt"]["digest"]
-    found["receipt_digest"] = digest
-    hand.write_json(run / "canary.json", found)
-    refuse(run, "canary.json was altered since the run ended", config=OVERRIDE)  # the receipt is under the digest too
+    hand.write_json(run / "canary.json", found | {"included": found["included"] + 1})
+    refuse(run, "canary.json was altered since the run ended", config=OVERRIDE)
+
+
+def test_a_run_whose_ledger_is_silent_about_it_is_refused(run: Path) -> None:
+    """Noise source and number of patients are noted by every run; a ledger without them was not written by one."""
+    hand.ledger_of(run).unlink()
+    receipt = Ledger(hand.ledger_of(run)).reserve("run-7f3a", hand.MECHANISMS, hand.DELTA, note="train")
+    hand.edit_json(run / "privacy.json", receipt=receipt.to_json())
+    hand.end_anew(run)
+    refuse(run, "receipt: the ledger noted another noise source", config=OVERRIDE)
 
 
 def test_canaries_that_the_ledger_knows_cannot_be_hidden(run: Path) -> None:
@@ -322,6 +329,7 @@ def test_canaries_that_the_ledger_does_not_know_are_not_shown(run: Path) -> None
     plant(run)
     shown = canary_file(run)
     hand.charge_anew(run)
+    hand.end_anew(run)
     receipt = json.loads((run / "privacy.json").read_text())["receipt"]
     hand.write_json(run / "canary.json", shown | {"receipt_digest": receipt["digest"]})
     refuse(run, "not those recorded before the first step", config=OVERRIDE)
@@ -371,12 +379,12 @@ def test_the_latest_report_is_found_and_an_earlier_one_is_still_known(run: Path,
 def test_a_seeded_run_that_says_otherwise_is_refused(run: Path) -> None:
     """Everything in the run's own folder may be edited; what the ledger noted as the run began may not."""
     hand.charge_anew(run, noise="seeded:chacha20")
+    hand.end_anew(run)
     refuse(run, "receipt: the ledger noted another noise source", config=OVERRIDE)
 
 
 def test_a_run_that_changes_its_number_of_patients_is_refused(run: Path) -> None:
     """Delta is judged by it."""
-    hand.charge_anew(run)
     hand.edit_json(run / "privacy.json", patients=hand.PATIENTS // 10)
     hand.write_report(run)
     refuse(run, "receipt: the ledger noted another number of patients", config=OVERRIDE)
