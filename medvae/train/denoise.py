@@ -14,7 +14,6 @@ Array = npt.NDArray[np.float64]
 CERTAIN = 3.0
 # How large the difference between conditions may be, as a variance over that within one: candidates.
 SCALES = np.geomspace(1e-3, 1e3, 61)
-LENGTHEN = 2.0
 
 
 def shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
@@ -32,8 +31,8 @@ def shrink(rows: Array, noise_sd: Array, shell: npt.NDArray[np.int64]) -> Array:
     return out
 
 
-def shrink_along(rows: Array, noise_sd: Array, directions: Array, left: Array) -> Array:
-    """Shrink rows (H, C, *k) to where scans vary: the mean of each row given its noise, at its likely length.
+def shrink_along(rows: Array, noise_sd: Array, directions: Array, left: Array, longest: float = 1.0) -> Array:
+    """Shrink rows (H, C, *k) to where scans vary: the mean of each row given its noise.
 
     A row is taken for N(0, t S), with S the covariance within a condition: `directions` (d, C, *k), mutually
     orthogonal, each scaled by its standard deviation, and the variance `left` (C, *k) of single coefficients beyond
@@ -53,7 +52,7 @@ def shrink_along(rows: Array, noise_sd: Array, directions: Array, left: Array) -
         factor = scale * variance / (scale * variance + mine)
         row *= factor
         known, unknown = np.square(row).sum(), (factor * mine).sum()
-        row *= min(LENGTHEN, (1 + unknown / max(known, 1e-30)) ** 0.5)
+        row *= min(longest, (1 + unknown / max(known, 1e-30)) ** 0.5)
     out = values[:, : len(unit)] @ unit + values[:, len(unit) :]
     return np.asarray(out.reshape(rows.shape))
 

@@ -74,6 +74,9 @@ CLIP_QUANTILE = 0.8
 TIGHT = 0.8
 # Size of the warps that `warped_pairs` asks for, by which hippocampi were rebuilt best: docs/family.md.
 WARP = 0.75
+# Images alone are told apart by class, and classes that differ too little cannot be: contrasts get their likely length
+# back, up to this factor. Masks beside them are learned from m(c) itself, where every error counts.
+LENGTHEN = 2.0
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
@@ -448,7 +451,8 @@ def _revise_contrasts(fit: _Fit, directions: Array, power: Array) -> None:
     count = np.maximum(np.bincount(shell.ravel(), minlength=SHELLS), 1)
     explained = [np.bincount(shell.ravel(), c.ravel(), SHELLS) / count for c in np.square(whole).sum(0)]
     left = np.maximum(power - explained, 0.0)[:, shell]
-    fit.set_contrasts(shrink_along(fit.noisy_contrasts, fit.contrast_noise, whole, left))
+    longest = 1.0 if fit.space.mask_labels else LENGTHEN
+    fit.set_contrasts(shrink_along(fit.noisy_contrasts, fit.contrast_noise, whole, left, longest))
 
 
 def _mixture(fit: _Fit) -> None:
