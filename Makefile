@@ -48,7 +48,7 @@ demo: $(VENV)/.installed
 	"$(BIN)/medvae" demo -o "$(DEMO)"
 
 test: $(VENV)/.installed
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest -n 2
 
 test-slow: $(VENV)/.installed
 	"$(BIN)/python" -m pytest -m slow
