@@ -43,6 +43,7 @@ from medvae.train.denoise import (
 )
 from medvae.train.mixture import Grouped, box_of, fit_mixture, release_names
 from medvae.train.noisy_sums import Canaries, Pass, ScanSource, clip_rows
+from medvae.train.norms import COARSE_EDGES, LOW_EDGES, RMS_EDGES, norm_buckets, radius_of, typical_norm
 from medvae.train.occupancy import smooth_occupancy
 from medvae.types import Batch, Progress
 
@@ -51,13 +52,6 @@ Array = npt.NDArray[np.float64]
 RELEASES = ("norms", "centre", "residual_norms", "means", "second")
 CLIP_RELEASES = ("norms", "residual_norms")
 ALONE = ("norms", "means")
-# Edges of the norm histograms, as root mean square per element of [0, 1] channels: public constants.
-RMS_EDGES = np.geomspace(0.01, 1.0, 25)
-COARSE_EDGES = np.geomspace(0.08, 1.0, 8)
-# The same for the lowest coefficients alone, whose norms are smaller.
-LOW_EDGES = 0.4
-# A bin of a histogram counts from this many standard deviations of its noise on.
-SEEN = 2.0
 # Clips where a cohort is too small to show its own (the rule decides): a scan in [0, 1], and what a mean leaves of it.
 PUBLIC_RMS, PUBLIC_RESIDUAL_RMS = 0.4, 0.2
 # The grey level that a mean alone is measured from, and how far scans are taken to vary around it.
@@ -67,8 +61,6 @@ PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER = 0.4, 0.5, 4.0
 IMAGE_WEIGHT = 0.5
 # Share of the first release that says how grey images are; they count as two-valued below this.
 GREY_WEIGHT, TWO_VALUED = 0.25, 0.3
-# The clip is the norm that this share of patients stays under: more clips the anatomy, less adds noise.
-CLIP_QUANTILE = 0.8
 # A mean alone clips nearly every scan, at this share of the typical norm: a clip that some stay under is longer than
 # theirs, and its noise with it.
 TIGHT = 0.8
@@ -80,38 +72,6 @@ LENGTHEN = 2.0
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
-
-
-def norm_buckets(norms: Tensor, size: int, edges: Array = RMS_EDGES) -> Tensor:
-    """Return one-hot buckets (B, bins) of norms (B,) of vectors with `size` elements."""
-    bounds = torch.as_tensor(edges, dtype=norms.dtype) * size**0.5
-    return torch.nn.functional.one_hot(torch.bucketize(norms, bounds), len(edges) + 1).double()
-
-
-def _shown(histogram: Array, noise_sd: float) -> Array:
-    """Return the bins of a noisy histogram that show, and zero for the others."""
-    return np.where(histogram > min(SEEN * noise_sd, histogram.max() / 2), np.maximum(histogram, 0.0), 0.0)
-
-
-def radius_of(histogram: Array, size: int, noise_sd: float = 0.0, edges: Array = RMS_EDGES) -> float:
-    """Return the clip norm at CLIP_QUANTILE of a noisy histogram, of the bins that show: post-processing."""
-    shown = _shown(histogram, noise_sd)
-    cumulative = np.cumsum(shown)
-    bucket = int(np.searchsorted(cumulative, CLIP_QUANTILE * cumulative[-1])) if cumulative[-1] > 0 else 0
-    return float(edges[min(bucket, len(edges) - 1)] * size**0.5)
-
-
-def typical_norm(histogram: Array, size: int, noise_sd: float, edges: Array) -> float:
-    """Return the average norm around the median of a noisy histogram, by the middles of its bins: post-processing.
-
-    Around the median, since one empty bin in five histograms shows by chance, and may lie anywhere.
-    """
-    shown = _shown(histogram, noise_sd)
-    median = np.searchsorted(np.cumsum(shown), shown.sum() / 2)
-    near = shown * (np.abs(np.arange(len(shown)) - median) <= 1)
-    middles = np.sqrt(np.append(edges[0], edges) * np.append(edges, edges[-1]))
-    weights = near if near.any() else np.ones(len(near))
-    return float(middles @ weights / weights.sum() * size**0.5)
 
 
 def greyness(images: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from medvae.nets.linear import LinearPart, shells
 from medvae.nets.mixture import MixtureShapes
 from medvae.synth.phantom import make_phantom
 from medvae.train import denoise, moments, noisy_sums
-from medvae.train.moments import COARSE_EDGES, RELEASES, MomentShapes, fit_moments, typical_norm
+from medvae.train.moments import RELEASES, MomentShapes, fit_moments
 from medvae.train.noisy_sums import Pass, clip_rows, noisy_sum, patient_average
+from medvae.train.norms import COARSE_EDGES, typical_norm
 from medvae.train.occupancy import smooth_occupancy
 from medvae.types import Batch, Condition, ImageSpace, Intensity
 
