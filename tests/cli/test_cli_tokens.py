@@ -167,8 +167,10 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         patch.chdir(folder)
         patch.setenv("MEDVAE_DEBUG", "1")
         patch.setenv(pacs.TOKEN, TOKEN)
-        for name in ("MEDVAE_TRACKING", "MLFLOW_TRACKING_URI", pacs.USER, pacs.PASSWORD):
+        for name in ("MEDVAE_TRACKING", pacs.USER, pacs.PASSWORD):
             patch.delenv(name, raising=False)
+        # By its whole path: MLflow keeps the store of a relative one, wherever the process has gone since.
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         made.command("ingest", "ingest", made.archive.address, "-o", "cohort", "--shape", "32", "32")
         patch.setenv(pacs.USER, USER)
         patch.setenv(pacs.PASSWORD, PASSWORD)
