@@ -21,6 +21,7 @@ from medvae.nets.labels import Labels
 from medvae.nets.likelihood import LIKELIHOODS, bernoulli
 from medvae.nets.linear import LinearPart
 from medvae.nets.prior import FieldPrior, NormalPrior
+from medvae.nets.shape import sharpened
 from medvae.types import Condition, ImageSpace
 
 # Posterior variance of a code before training, and the bounds that keep its logarithm tame under noise.
@@ -155,7 +156,9 @@ class ConditionalVAE(nn.Module):
         return self.prior.sample(self._filled(condition), noise)
 
     def draw(self, condition: Tensor, generator: torch.Generator) -> Tensor:
-        """Return one image and its mask probabilities (B, C, *spatial) a row of conditions: the mean of p(x | z, c).
+        """Return one image, or a shape's ramp, and its mask probabilities (B, C, *spatial) a row of conditions.
+
+        It is the mean of p(x | z, c).
 
         The code comes from the prior that was fitted to codes, where there is one, else from the prior of training;
         where there is a mixture, from the codes of a draw of that. A decoder that was never trained adds nothing: it is
@@ -166,13 +169,13 @@ class ConditionalVAE(nn.Module):
             condition = self.labels.drawn(condition, generator)
         if self.code_prior is not None:
             codes = self.prior_mean(condition) + self.code_prior.sample(condition, generator)
-            return self.decode(codes, condition, residual=trained)
+            return self._mean(codes, condition, residual=trained)
         if self.linear is None or self.linear.mixture is None:
             noise = torch.randn(len(condition), self.latent_dim, generator=generator)
-            return self.decode(self.prior_sample(condition, noise), condition, residual=trained)
+            return self._mean(self.prior_sample(condition, noise), condition, residual=trained)
         drawn = self.linear.draw(condition, generator)
         if trained:
-            return self.decode(self.linear.codes(drawn), condition)
+            return self._mean(self.linear.codes(drawn), condition)
         return self.linear.expand(self.linear.mean_coefficients(condition) + drawn).clamp(0, 1)
 
     def _outputs(self, z: Tensor, condition: Tensor, *, residual: bool = True) -> tuple[Tensor, Tensor]:
@@ -191,8 +194,16 @@ class ConditionalVAE(nn.Module):
         added = self.decoder(z, self._filled(condition))
         return image + added[:, :1], mask + added[:, 1:]
 
-    def decode(self, z: Tensor, condition: Tensor, *, residual: bool = True) -> Tensor:
-        """Return images and mask probabilities (B, C, *spatial) in [0, 1]: the mean of p(x | z, c).
+    def decode(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return images and mask probabilities (B, C, *spatial) in [0, 1]: the mean of p(x | z, c)."""
+        mean = self._mean(z, condition)
+        if self.linear is None:
+            return mean
+        shape = sharpened(mean[:, :1], self.space.spatial_dims)
+        return torch.cat([torch.where(self.linear.two_valued, shape, mean[:, :1]), mean[:, 1:]], dim=1)
+
+    def _mean(self, z: Tensor, condition: Tensor, *, residual: bool = True) -> Tensor:
+        """Return what `decode` does, shapes as ramps.
 
         residual: whether the network adds to the linear part; one that was never trained adds nothing.
         """
@@ -201,9 +212,10 @@ class ConditionalVAE(nn.Module):
         return torch.cat([image, torch.sigmoid(mask)], dim=1)
 
     def reconstruction(self, x: Tensor, z: Tensor, condition: Tensor) -> Tensor:
-        """Return -log p(x | z, c) in nats, (B,); masks are weighted by `mask_weight`."""
+        """Return -log p(x | z, c) in nats, (B,), of shapes that of their ramps; masks are weighted by `mask_weight`."""
         image, mask = self._outputs(z, condition)
         density = LIKELIHOODS[self.config.likelihood]
+        x = x if self.linear is None else self.linear.levels(x)
         nats = density(x[:, :1], image, self.log_scale).flatten(1).sum(1)
         if mask.shape[1]:
             nats = nats + self.config.mask_weight * bernoulli(x[:, 1:], mask, self.log_scale).flatten(1).sum(1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medvae.nets.mixture import MixturePart, MixtureShapes
+from medvae.nets.shape import ramp
 from medvae.types import Condition, ImageSpace
 
 SHELLS = 12
@@ -70,7 +71,7 @@ class LinearPart(nn.Module):
     spectrum: (SHELLS, C, C), the covariance between channels of one cosine coefficient of what m(c) leaves over, by
     shell of frequency; contrast: (M,), how much brighter the image is inside each mask than around it, where m(c) does
     not already say so. These two are not part of p(x|z): sampling adds them as texture.
-    two_valued: (), whether images are shapes, every voxel 0 or 1, so that m(c) is a probability as a mask's is.
+    two_valued: (), whether images are shapes, every voxel 0 or 1: all of this is about their ramps then (shape.py).
     mixture: in its place the directions' one Gaussian, where the cohort carries one.
     """
 
@@ -106,6 +107,14 @@ class LinearPart(nn.Module):
     def from_pixels(self, pixels: Tensor) -> Tensor:
         """Return what `pixels` makes of images, back again."""
         return pixels
+
+    def levels(self, x: Tensor) -> Tensor:
+        """Return what m(c) and the directions are about, in the form of x: x itself or, of shapes, their ramps."""
+        if not self.two_valued:
+            return x
+        pixels = self.pixels(x)
+        ramps = ramp(pixels[:, :1], self.space.spatial_dims)
+        return self.from_pixels(torch.cat([ramps, pixels[:, 1:]], dim=1))
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the coefficients (B, C, *k) of images (B, C, *spatial)."""
@@ -154,9 +163,9 @@ class LinearPart(nn.Module):
         return torch.where(lengths > 0, found, torch.zeros_like(lengths))
 
     def decode(self, z: Tensor, condition: Tensor) -> Tensor:
-        """Return m(c) + sum_j z_j u_j as images (B, C, *spatial)."""
+        """Return m(c) + sum_j z_j u_j (B, C, *spatial): images, or ramps of shapes."""
         return self.expand(self.mean_coefficients(condition) + torch.tensordot(z, self.directions, dims=1))
 
     def encode(self, x: Tensor, condition: Tensor) -> Tensor:
         """Return the least-squares codes (B, d) of x around m(c); directions of no length give zero."""
-        return self.codes(self.reduce(x) - self.mean_coefficients(condition))
+        return self.codes(self.reduce(self.levels(x)) - self.mean_coefficients(condition))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from medvae.nets.linear import SHELLS
-from medvae.synth.texture import cut_shapes, draw_image, draw_labels, draw_shape, explained_spectrum, make_texture
+from medvae.synth.texture import draw_image, draw_labels, draw_shape, explained_spectrum, make_texture, shape_level
 from medvae.types import (
     ConditionValue,
     ImageSpace,
@@ -16,6 +16,9 @@ from medvae.types import (
     SyntheticCohort,
     encode_conditions,
 )
+
+# Draws by which the level is found that shapes are cut at.
+LEVEL_DRAWS = 12
 
 
 def spread_conditions(space: ImageSpace, count: int, seed: int) -> list[dict[str, ConditionValue]]:
@@ -67,12 +70,13 @@ def generate(
         texture = make_texture(
             model.linear.spectrum.numpy(), explained, model.linear.contrast.numpy(), space.spatial_shape
         )
-    shapes = model.linear is not None and bool(model.linear.two_valued)
-    if shapes and texture is not None and model.linear is not None:
-        coefficients = model.linear.mean_coefficients(torch.from_numpy(encoded)).mean(0, keepdim=True)
-        mean = model.linear.expand(coefficients)[0, 0].clamp(0, 1).numpy()
-        left = np.asarray(model.linear.spectrum.numpy()[:, 0, 0] - explained[:, 0, 0], dtype=np.float64)
-        texture = cut_shapes(texture, left, mean, rng)
+    shapes, level = model.linear is not None and bool(model.linear.two_valued), 0.0
+    if shapes and model.linear is not None:  # by draws of every class, whatever was asked for: the level is the model's
+        rows = [encode_conditions(space.conditions, row) for row in spread_conditions(space, LEVEL_DRAWS, seed)]
+        spread = torch.from_numpy(np.stack(rows))
+        mean = float(model.linear.expand(model.linear.mean_coefficients(spread))[:, 0].mean())
+        with torch.no_grad():
+            level = shape_level(model.draw(spread, generator)[:, 0].numpy(), mean, texture, rng)
     images = np.empty((len(encoded), *space.spatial_shape), dtype=np.float32)
     masks = np.zeros(images.shape, dtype=np.uint8) if space.mask_labels else None
     names = np.asarray((0, *space.mask_labels), dtype=np.uint8)
@@ -82,7 +86,10 @@ def generate(
             decoded = warp(model.draw(condition, generator), size, generator).numpy()
         for index, x in enumerate(decoded, start=start):
             labels = draw_labels(x[1:], texture, rng) if masks is not None else np.zeros(x.shape[1:], np.uint8)
-            images[index] = draw_shape(x[0], texture, rng) if shapes else draw_image(x[0], x[1:], labels, texture, rng)
+            if shapes:
+                images[index] = draw_shape(x[0], texture, level, rng)
+            else:
+                images[index] = draw_image(x[0], x[1:], labels, texture, rng)
             if masks is not None:
                 masks[index] = names[labels]
         if progress is not None:

@@ -5,8 +5,8 @@ everything the code does not know. Fields with the released spectrum give the re
 
     mask    voxel is foreground where g < Phi^-1(p), with g a unit Gaussian field: every voxel keeps its probability p,
             and neighbours agree as far as the field is smooth (a Gaussian copula)
-    image   mean + regression on the drawn mask + a field with what is left of the spectrum; drawn as a mask is where
-            the cohort's images are shapes, every voxel 0 or 1
+    image   mean + regression on the drawn mask + a field with what is left of the spectrum; where the cohort's images
+            are shapes, every voxel 0 or 1, their ramp is drawn so, and cut at one level
 
 Where the budget showed a mean alone there is no spectrum of the masks: their shape is then the mean's level set, and
 the image is made-up tissue on its mean. Spectrum and mean are differentially private outputs of the closed-form stage,
@@ -15,29 +15,30 @@ so all of this is post-processing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy import ndimage
-from scipy.fft import dctn, idctn
+from scipy.fft import idctn
 from scipy.special import ndtri
 
 from medvae.nets.linear import shells
+from medvae.nets.shape import ramp
 
 Array = npt.NDArray[np.float32]
 Matrices = npt.NDArray[np.float64]
 
 # Probabilities below this are noise of the released means, spread over the whole field of view.
 FAINT = 0.1
-FAINT_SHAPE = 0.02
 # Islands smaller than this share of the largest are a field's chance crossings, not anatomy.
 ISLAND = 0.1
 SURE = 0.995
 # Frequency, as a share of the finest that the grid can hold, from which on a mask's field has no power left.
 SMOOTH = 0.1
-# The same, to choose from, for the field that cuts out an image of two values, and draws for each to choose by.
-SMOOTH_SHAPES, SHAPE_DRAWS = (0.1, 0.2, 0.3, 0.45, 0.7), 6
+# Between which levels that of shapes is sought, and in how many steps.
+LEVELS, HALVINGS = (0.2, 0.8), 8
 # Share of the leftover amplitude that is drawn: the rest of it is edges that moved, which a field would draw as grain.
 FINE = 0.5
 # Made-up tissue: how many kinds, how they differ from each other in grey level and within themselves, and the scale of
@@ -53,7 +54,6 @@ class Texture:
     mask: Matrices  # (SHELLS, M): amplitude of one coefficient of each mask's unit field
     image: Matrices  # (SHELLS,): amplitude of one coefficient of the image's field
     slope: Matrices  # (M,): how much brighter the image is inside each mask than its probability made the mean
-    shape: Matrices  # (SHELLS,): amplitude of one coefficient of the unit field that cuts out an image of two values
 
 
 def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
@@ -72,27 +72,20 @@ def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_sha
     power = np.maximum(np.einsum("sii->si", masks), 0.0) * _low_pass(spatial_shape, shell, len(left), SMOOTH)[:, None]
     total = (power * count[:, None]).sum(0) / shell.size
     unit = np.sqrt(power / np.where(total > 0, total, 1.0))
-    return Texture(shell, unit, FINE * np.sqrt(np.maximum(given, 0.0)), slope, np.zeros(len(left)))
+    return Texture(shell, unit, FINE * np.sqrt(np.maximum(given, 0.0)), slope)
 
 
-def cut_shapes(texture: Texture, left: Matrices, probability: Array, rng: np.random.Generator) -> Texture:
-    """Return the texture with the field for images of two values, as smooth as makes their spectrum the released one.
+def shape_level(ramps: Array, wanted: float, texture: Texture | None, rng: np.random.Generator) -> float:
+    """Return the level at which draws (N, *spatial) of ramps are cut, so that the shapes' own ramps have mean `wanted`.
 
-    left: (SHELLS,), the image's spectrum less what the directions explain; probability: (*spatial), of a one, on the
-    whole. Some shapes are drawn with each smoothness, and the one that puts its variance in the right shells is kept.
+    A sum of few patterns is flatter than a ramp is, and cut at the border's own level it would lose what is thin.
     """
-    shell, count = texture.shell, np.bincount(texture.shell.ravel(), minlength=len(left))
-    wanted = np.maximum(left, 0.0) * count
-    made = []
-    for smooth in SMOOTH_SHAPES:
-        power = np.maximum(left, 0.0) * _low_pass(shell.shape, shell, len(left), smooth)
-        unit = np.sqrt(power / max(float((power * count).sum()) / shell.size, 1e-30))
-        candidate = replace(texture, shape=unit)
-        rest = [draw_shape(probability, candidate, rng) - probability for _ in range(SHAPE_DRAWS)]
-        energy = sum(np.square(dctn(r, norm="ortho")) for r in rest) / SHAPE_DRAWS
-        off = np.abs(np.bincount(shell.ravel(), np.asarray(energy).ravel(), len(left)) - wanted).sum()
-        made.append((float(off), candidate))
-    return min(made, key=lambda pair: pair[0])[1]
+    drawn, (low, high) = [_with_field(mean, texture, rng) for mean in ramps], LEVELS
+    for _ in range(HALVINGS):
+        level = (low + high) / 2
+        cut = torch.from_numpy(np.stack([d > level for d in drawn]).astype(np.float32))
+        low, high = (level, high) if float(ramp(cut, cut.ndim - 1).mean()) > wanted else (low, level)
+    return (low + high) / 2
 
 
 def _low_pass(spatial_shape: tuple[int, ...], shell: npt.NDArray[np.int64], count: int, smooth: float) -> Matrices:
@@ -161,12 +154,20 @@ def _tissue(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.asarray(levels[np.argmax(fields, axis=0)] + grain * (WITHIN / grain.std()), dtype=np.float32)
 
 
-def draw_shape(probability: Array, texture: Texture | None, rng: np.random.Generator) -> Array:
-    """Return an image (*spatial) of zeros and ones from the probability of a one at each voxel."""
-    if texture is None or not texture.shape.any():
-        return np.asarray(probability > 0.5, dtype=np.float32)
-    inside = _below(_field(texture.shape, texture, rng), probability, probability > FAINT_SHAPE)
-    return np.asarray(inside, dtype=np.float32)
+def draw_shape(mean: Array, texture: Texture | None, level: float, rng: np.random.Generator) -> Array:
+    """Return an image (*spatial) of zeros and ones: where a ramp with this mean lies above `level`."""
+    return np.asarray(_with_field(mean, texture, rng) > level, dtype=np.float32)
+
+
+def _with_field(mean: Array, texture: Texture | None, rng: np.random.Generator) -> Array:
+    """Return an image (*spatial) around its mean, with what the decoder leaves out.
+
+    A value in [0, 1] with mean m varies by at most m (1 - m): black stays black, and the average variance is kept.
+    """
+    if texture is None:
+        return mean
+    room = np.clip(mean, 0, 1) * (1 - np.clip(mean, 0, 1))
+    return np.asarray(mean + _field(texture.image, texture, rng) * np.sqrt(room / max(float(room.mean()), 1e-6)))
 
 
 def draw_image(
@@ -180,10 +181,7 @@ def draw_image(
         # a contrast as uncertain as this teaches a segmentation what real scans do not hold (docs/quality.md).
         blurred = ndimage.gaussian_filter(_tissue(mean.shape, rng), 0.6)
         return np.asarray(np.clip(mean + blurred, 0, 1), dtype=np.float32)
-    # A value in [0, 1] with mean m varies by at most m (1 - m): black stays black, and the average variance is kept.
-    room = np.clip(mean, 0, 1) * (1 - np.clip(mean, 0, 1))
-    local = np.sqrt(room / max(float(room.mean()), 1e-6))
-    out = mean + _field(texture.image, texture, rng) * local
+    out = _with_field(mean, texture, rng)
     for m, p in enumerate(probability):
         out = out + texture.slope[m] * ((labels == m + 1).astype(np.float32) - p)
     return np.asarray(np.clip(out, 0, 1), dtype=np.float32)

@@ -38,13 +38,13 @@ from medvae.train.denoise import (
     mask_contrast,
     principal_directions,
     shrink,
-    shrink_along,
     tame_spectra,
 )
 from medvae.train.mixture import Grouped, box_of, fit_mixture, release_names
 from medvae.train.noisy_sums import Canaries, Pass, ScanSource, clip_rows
 from medvae.train.norms import COARSE_EDGES, LOW_EDGES, RMS_EDGES, norm_buckets, radius_of, typical_norm
 from medvae.train.occupancy import smooth_occupancy
+from medvae.train.subspace import LowestCosines, Subspace, window
 from medvae.types import Batch, Progress
 
 Array = npt.NDArray[np.float64]
@@ -60,7 +60,7 @@ PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER = 0.4, 0.5, 4.0
 # shows its masks well enough, and gets the image at full weight: docs/quality.md.
 IMAGE_WEIGHT = 0.5
 # Share of the first release that says how grey images are; they count as two-valued below this.
-GREY_WEIGHT, TWO_VALUED = 0.25, 0.3
+GREY_WEIGHT, TWO_VALUED = 0.5, 0.3
 # A mean alone clips nearly every scan, at this share of the typical norm: a clip that some stay under is longer than
 # theirs, and its noise with it.
 TIGHT = 0.8
@@ -88,6 +88,7 @@ class MomentShapes:
     spectrum_weight: share of the last release's sensitivity that spectra get, against directions (squares add to 1);
     public_clips: clips are public constants, and the two histograms are left out. mean_alone: only the overall mean
     is released, and a histogram of norms before it. warped_pairs: of copies that a scan's second moments average over.
+    functions: that second moments are of where images are shapes, in place of the lowest cosines.
     """
 
     basis: tuple[int, ...]
@@ -99,6 +100,7 @@ class MomentShapes:
     public_clips: bool = False
     mean_alone: bool = False
     warped_pairs: int = 0
+    functions: int = 64
 
     @property
     def releases(self) -> tuple[str, ...]:
@@ -160,8 +162,12 @@ class _Fit:
         self.elements = space.channels * int(np.prod(space.spatial_shape))
         self.shell = shells(space.spatial_shape)
         self.part = part(space, shapes.basis, shapes.latent_dim, shapes.mixture)
-        self.full = part(space, space.spatial_shape, 1)
-        self.coarse: tuple[slice, ...] = (slice(None), slice(None), *(slice(k) for k in shapes.coarse))
+        self.full, self.as_shapes = part(space, space.spatial_shape, 1), part(space, space.spatial_shape, 1)
+        self.as_shapes.two_valued.fill_(True)
+        inside = self.shell[tuple(slice(k) for k in shapes.basis)]
+        lowest = LowestCosines(space.channels, shapes.basis, shapes.coarse, inside)
+        self.coarse = lowest.corner
+        self.subspace: Subspace = lowest  # of second moments
         # Clips: of coefficients of the basis, of all, of the coarse ones, and of those that a mixture covers.
         self.radius = self.full_radius = self.coarse_radius = self.box_radius = 0.0
         self.length = 0.0  # the typical norm, of a mean alone
@@ -183,12 +189,12 @@ class _Fit:
     def residual(self, batch: Batch) -> Tensor:
         """Return the coefficients (B, C, *basis) of what the mean so far leaves over, each channel times its weight."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
-        return self.weighted(self.part.reduce(torch.from_numpy(batch.x)) - mean)
+        return self.weighted(self.part.reduce(self.part.levels(torch.from_numpy(batch.x))) - mean)
 
     def full_residual(self, batch: Batch) -> Tensor:
         """Return the same in all coefficients (B, C, *spatial)."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
-        return self.weighted(self.full.reduce(torch.from_numpy(batch.x) - self.part.expand(mean)))
+        return self.weighted(self.full.reduce(self.part.levels(torch.from_numpy(batch.x)) - self.part.expand(mean)))
 
     def warped(self, batch: Batch) -> Iterator[Batch]:
         """Yield the scans as they are and, by `warped_pairs`, moved by fixed warps: what to make of one is public."""
@@ -218,10 +224,9 @@ class _Fit:
         """Put the noisy mean residual (C, *basis) on top of m(c): shrunk, masks as occupancies. noise_sd: known."""
         shell = self.shell[tuple(slice(k) for k in self.shapes.basis)]
         change = shrink(residual[None], np.asarray([noise_sd]), shell)[0] / self.weights
-        shapes = slice(0 if self.part.two_valued else 1, None)
-        if len(change[shapes]):
-            before = self.overall()[shapes]
-            change[shapes] = smooth_occupancy(before + residual[shapes], noise_sd, self.space.spatial_shape) - before
+        if self.space.mask_labels:
+            before = self.overall()[1:]
+            change[1:] = smooth_occupancy(before + residual[1:], noise_sd, self.space.spatial_shape) - before
         self.add_overall(change)
 
     def set_contrasts(self, contrasts: Array) -> None:
@@ -245,7 +250,7 @@ class _Fit:
 
 
 def _norms(fit: _Fit) -> None:
-    """Choose the first clip and, where no masks stand beside the image, whether it is a shape: then it is a mask."""
+    """Choose the first clip and, where no masks stand beside the image, whether it is a shape, to be summed as a ramp."""
     if fit.shapes.public_clips:
         fit.radius = (PUBLIC_RESIDUAL_RMS if fit.shapes.mean_alone else PUBLIC_RMS) * fit.elements**0.5
         fit.length = fit.radius
@@ -255,10 +260,16 @@ def _norms(fit: _Fit) -> None:
     rest = (1 - weight**2) ** 0.5
 
     def contribution(batch: Batch) -> Tensor:
-        buckets: Tensor = fit.buckets(fit.residual(batch)[low], fit.edges)
         if not weight:
+            buckets: Tensor = fit.buckets(fit.residual(batch)[low], fit.edges)
             return buckets
-        grey = greyness(fit.full.pixels(torch.from_numpy(batch.x))[:, 0])
+        x = torch.from_numpy(batch.x)
+        grey = greyness(fit.full.pixels(x)[:, 0])
+        # The clip is for what is summed next: the norm of a scan that looks like a shape is its ramp's.
+        looks = grey < TWO_VALUED
+        x = x.clone()
+        x[looks] = fit.as_shapes.levels(x[looks])
+        buckets = fit.buckets(fit.residual(batch._replace(x=x.numpy()))[low], fit.edges)
         return torch.cat([buckets * rest, grey[:, None] * weight], dim=1)
 
     released, noise_sd = fit.release("norms", contribution), fit.noise_multipliers["norms"]
@@ -352,6 +363,9 @@ def _means(fit: _Fit) -> None:
     fit.contrast_noise = sigma * scale * np.linalg.norm(operator, axis=1)
     scale = fit.radius / overall_weight / fit.count
     fit.set_overall(overall.reshape(shape) * scale, sigma * scale)
+    if fit.part.two_valued:
+        fit.subspace = window(fit.overall()[0], fit.space.spatial_shape, fit.shapes.functions, shell)
+        fit.coarse_radius = fit.radius
     fit.set_contrasts(shrink(fit.noisy_contrasts, fit.contrast_noise, shell))
 
 
@@ -363,7 +377,7 @@ def _second(fit: _Fit) -> None:
     its warped copies, each clipped, has no larger norm than one of them.
     """
     channels, part = fit.space.channels, fit.part
-    size = channels * int(np.prod(fit.shapes.coarse))
+    size = fit.subspace.size
     upper = torch.triu_indices(size, size)
     root = torch.where(upper[0] == upper[1], 1.0, 2**0.5)  # so that the norm of a triangle is the matrix's
     bands = torch.nn.functional.one_hot(torch.from_numpy(fit.shell.ravel()), SHELLS).float()
@@ -372,7 +386,7 @@ def _second(fit: _Fit) -> None:
 
     def contribution(batch: Batch) -> Tensor:
         views = [fit.full_residual(view) for view in fit.warped(batch)]
-        small = torch.stack([clip_rows(v[fit.coarse].flatten(1), fit.coarse_radius) for v in views], dim=1)
+        small = torch.stack([clip_rows(fit.subspace.take(v), fit.coarse_radius) for v in views], dim=1)
         products = (small.transpose(1, 2) @ small)[:, upper[0], upper[1]] * root / len(views)
         flat = clip_rows(views[0].flatten(1), fit.full_radius).view(len(batch.x), channels, -1)
         spectra = torch.einsum("bcn,bdn,ns->bscd", flat, flat, bands).flatten(1)
@@ -385,34 +399,22 @@ def _second(fit: _Fit) -> None:
     covariance[upper[0].numpy(), upper[1].numpy()] = products * scale / root.numpy()
     covariance += np.triu(covariance, 1).T
     noise_sd = fit.noise_multipliers["second"] * scale / 2**0.5
-    directions = principal_directions(covariance, noise_sd, fit.shapes.latent_dim)
-    kept = torch.as_tensor(directions, dtype=torch.float32).view(-1, channels, *fit.shapes.coarse)
-    kept = kept / torch.as_tensor(fit.weights, dtype=torch.float32)
-    part.directions[(slice(len(kept)), *fit.coarse[1:])] = kept
+    directions = fit.subspace.spread(principal_directions(covariance, noise_sd, fit.shapes.latent_dim))
+    part.directions[: len(directions)] = torch.as_tensor(directions / fit.weights, dtype=torch.float32)
     scale_full = fit.full_radius**2 / spectrum_weight / fit.count
     energy = spectra.reshape(SHELLS, channels, channels) * scale_full
     noise_sd = fit.noise_multipliers["second"] * scale_full
     per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
     spectrum = tame_spectra(energy / per_band[:, None, None], noise_sd / per_band)
-    _revise_contrasts(fit, directions.reshape(-1, channels, *fit.shapes.coarse), np.einsum("scc->cs", spectrum))
+    power = np.einsum("scc->cs", spectrum)
+    if power.any():  # now that it shows where scans vary, the contrasts are shrunk anew
+        longest = 1.0 if fit.space.mask_labels else LENGTHEN
+        revised = fit.subspace.shrink(fit.noisy_contrasts, fit.contrast_noise, directions, power, longest)
+        fit.set_contrasts(revised)
     weights = fit.weights.ravel()
     part.spectrum.copy_(torch.as_tensor(spectrum / np.outer(weights, weights), dtype=torch.float32))
     contrast = mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5) / weights[0]
     part.contrast.copy_(torch.as_tensor(contrast, dtype=torch.float32))
-
-
-def _revise_contrasts(fit: _Fit, directions: Array, power: Array) -> None:
-    """Shrink the contrasts anew, now that it shows where scans vary: directions (d, C, *coarse), power (C, SHELLS)."""
-    if not power.any():
-        return
-    whole = np.zeros((len(directions), *fit.noisy_contrasts.shape[1:]))
-    whole[(slice(None), *fit.coarse[1:])] = directions
-    shell = fit.shell[tuple(slice(k) for k in fit.shapes.basis)]
-    count = np.maximum(np.bincount(shell.ravel(), minlength=SHELLS), 1)
-    explained = [np.bincount(shell.ravel(), c.ravel(), SHELLS) / count for c in np.square(whole).sum(0)]
-    left = np.maximum(power - explained, 0.0)[:, shell]
-    longest = 1.0 if fit.space.mask_labels else LENGTHEN
-    fit.set_contrasts(shrink_along(fit.noisy_contrasts, fit.contrast_noise, whole, left, longest))
 
 
 def _mixture(fit: _Fit) -> None:

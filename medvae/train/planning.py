@@ -68,7 +68,13 @@ def make_plan(patients: int, space: ImageSpace, config: TrainConfig) -> TrainPla
 def moment_shapes(recipe: Recipe) -> MomentShapes:
     """Return how fine the closed form's releases are; raises ConfigError for a recipe that is not resolved."""
     m, latent = recipe.moments, recipe.model.latent_dim
-    if m.basis_shape is None or m.coarse_shape is None or m.spectrum_weight is None or latent is None:
+    if (
+        m.basis_shape is None
+        or m.coarse_shape is None
+        or m.spectrum_weight is None
+        or latent is None
+        or not m.functions
+    ):
         raise ConfigError("the moments stage is on but its shapes are not chosen yet: resolve the recipe first")
     return MomentShapes(
         m.basis_shape,
@@ -80,6 +86,7 @@ def moment_shapes(recipe: Recipe) -> MomentShapes:
         public_clips=m.public_clips is True,
         mean_alone=m.mean_alone is True,
         warped_pairs=m.warped_pairs,
+        functions=m.functions,
     )
 
 

@@ -79,8 +79,8 @@ def _moments(
     if share is None:
         share = 1 - _between(patients, SGD_SHARE_SMALL, SGD_SHARE_LARGE) if sgd else 1.0
     basis = _basis(config, space)
-    size = min(256.0, max(12.0, 2 * math.sqrt(patients))) / space.channels
-    side = max(2, math.floor(size ** (1 / space.spatial_dims)))
+    size = min(256.0, max(12.0, 2 * math.sqrt(patients)))
+    side = max(2, math.floor((size / space.channels) ** (1 / space.spatial_dims)))
     coarse = config.coarse_shape or tuple(min(side, k) for k in basis)
     weight = config.spectrum_weight or round(_between(patients, SPECTRUM_WEIGHT_SMALL, SPECTRUM_WEIGHT_LARGE), 3)
     _check_shape("moments.basis_shape", basis, space.spatial_shape, "image")
@@ -90,6 +90,7 @@ def _moments(
             "share": share,
             "basis_shape": basis,
             "coarse_shape": coarse,
+            "functions": config.functions or round(size),
             "spectrum_weight": weight,
             "public_clips": clips,
             "mean_alone": alone,

@@ -1,0 +1,54 @@
+"""Images of two values as ramps: how far a voxel is from the border of the shape, in place of inside or outside.
+
+Shapes do not add up: between two positions of a border lies a step of half height, which no sum of few patterns draws
+sharply. Distances to the border do add up, nearly (Leventon et al. 2000; Tsai et al. 2003), so the closed form takes
+its moments of ramps, and an image is where a ramp is above LEVEL.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# A ramp at the border; and how far it reaches to either side, as a share of the mean side of the grid.
+LEVEL = 0.5
+REACH = 1 / 16
+
+
+def reach_of(spatial_shape: tuple[int, ...]) -> int:
+    """Return how many voxels a ramp reaches to either side of a border."""
+    return max(1, round(REACH * sum(spatial_shape) / len(spatial_shape)))
+
+
+def ramp(images: Tensor, spatial_dims: int) -> Tensor:
+    """Return ramps in [0, 1] of images (..., *spatial) that are inside a shape above one half.
+
+    LEVEL plus the distance in voxels from the nearest voxel on the other side of the border, cut at `reach_of` and
+    scaled to reach 0 far outside and 1 far inside. For gradients it is the identity, so that an attack can start.
+    """
+    reach = reach_of(tuple(images.shape[-spatial_dims:]))
+    inside = images.detach() > LEVEL
+    distance = _distance_to(~inside, reach, spatial_dims) - _distance_to(inside, reach, spatial_dims)
+    return images + (LEVEL + distance / (2 * reach) - images).detach()
+
+
+def sharpened(ramps: Tensor, spatial_dims: int) -> Tensor:
+    """Return images in [0, 1] of ramps (..., *spatial): two values but for less than two voxels at the border."""
+    return (LEVEL + (ramps - LEVEL) * reach_of(tuple(ramps.shape[-spatial_dims:]))).clamp(0, 1)
+
+
+def _distance_to(voxels: Tensor, reach: int, spatial_dims: int) -> Tensor:
+    """Return the Euclidean distance (..., *spatial) to the nearest of `voxels` (boolean), exact up to `reach`.
+
+    The lower envelope of parabolas, an axis after the other (Felzenszwalb & Huttenlocher 2012), here of so few that all
+    are tried; squares of whole numbers, so that small integers hold them.
+    """
+    far = (reach + 1) ** 2
+    squared = torch.where(voxels, 0, far).to(torch.int16)
+    for axis in range(-spatial_dims, 0):
+        length = squared.shape[axis]
+        padded = functional.pad(squared, [0, 0] * (-1 - axis) + [reach, reach], value=far)
+        for step in (s for s in range(-reach, reach + 1) if s):
+            squared = torch.minimum(squared, padded.narrow(axis, reach + step, length) + step**2)
+    return squared.float().sqrt().clamp(max=reach)
