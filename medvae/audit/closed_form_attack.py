@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from medvae.audit import linear_scores
 from medvae.audit.attacks import CLOSED_FORM, EXACT, MEAN_MAP, MIXTURE, WHITE_BOX, Family, Pool, patient_scores, strata
@@ -14,6 +15,7 @@ from medvae.audit.membership import Scores
 from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form
 from medvae.audit.shadows import Arrays, Shadows, run_shadows, splits
 from medvae.config import Recipe
+from medvae.nets.shape import ramp
 from medvae.train.planning import moment_shapes
 from medvae.types import FloatArray, ImageSpace
 
@@ -38,7 +40,12 @@ def family(
         raise ValueError("the recipe is not resolved")
     if len(shadows) < FEWEST_SHADOWS:
         return Family("white-box", WHITE_BOX, words=f"needs {FEWEST_SHADOWS} shadow models, there are {len(shadows)}")
-    seen = linear_scores.coefficients(full, pool.scans.condition, pool.scans.space, basis)
+    looks = full
+    if target[LINEAR + "two_valued"]:  # the model is one of ramps
+        x = torch.from_numpy(pool.scans.x)
+        ramps = torch.cat([ramp(x[:, :1], pool.scans.space.spatial_dims), x[:, 1:]], dim=1)
+        looks = linear_scores.cosines(ramps.numpy())
+    seen = linear_scores.coefficients(looks, pool.scans.condition, pool.scans.space, basis)
     attacks = _attacks(pool, seen, recipe, [target, *shadows.arrays], shadows)
     leaky: dict[str, Scores] = {}
     if control is not None:

@@ -17,8 +17,8 @@ REACH = 1 / 16
 
 
 def reach_of(spatial_shape: tuple[int, ...]) -> int:
-    """Return how many voxels a ramp reaches to either side of a border."""
-    return max(1, round(REACH * sum(spatial_shape) / len(spatial_shape)))
+    """Return how many voxels a ramp reaches to either side of a border: two at least, since one is the image itself."""
+    return max(2, round(REACH * sum(spatial_shape) / len(spatial_shape)))
 
 
 def ramp(images: Tensor, spatial_dims: int) -> Tensor:
@@ -45,7 +45,8 @@ def _distance_to(voxels: Tensor, reach: int, spatial_dims: int) -> Tensor:
     are tried; squares of whole numbers, so that small integers hold them.
     """
     far = (reach + 1) ** 2
-    squared = torch.where(voxels, 0, far).to(torch.int16)
+    small = far + reach**2 < 2**8
+    squared = torch.where(voxels, 0, far).to(torch.uint8 if small else torch.int16)
     for axis in range(-spatial_dims, 0):
         length = squared.shape[axis]
         padded = functional.pad(squared, [0, 0] * (-1 - axis) + [reach, reach], value=far)

@@ -186,15 +186,20 @@ class _Fit:
             self.canaries.rehearse(name, contribution, multiplier)
         return released
 
+    def levels(self, batch: Batch) -> Tensor:
+        """Return what is summed: the scans, or the ramps of shapes."""
+        x = torch.from_numpy(batch.x)
+        return self.as_shapes.levels(x) if self.part.two_valued else x
+
     def residual(self, batch: Batch) -> Tensor:
         """Return the coefficients (B, C, *basis) of what the mean so far leaves over, each channel times its weight."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
-        return self.weighted(self.part.reduce(self.part.levels(torch.from_numpy(batch.x))) - mean)
+        return self.weighted(self.part.reduce(self.levels(batch)) - mean)
 
     def full_residual(self, batch: Batch) -> Tensor:
         """Return the same in all coefficients (B, C, *spatial)."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
-        return self.weighted(self.full.reduce(self.part.levels(torch.from_numpy(batch.x)) - self.part.expand(mean)))
+        return self.weighted(self.full.reduce(self.levels(batch) - self.part.expand(mean)))
 
     def warped(self, batch: Batch) -> Iterator[Batch]:
         """Yield the scans as they are and, by `warped_pairs`, moved by fixed warps: what to make of one is public."""
@@ -250,7 +255,7 @@ class _Fit:
 
 
 def _norms(fit: _Fit) -> None:
-    """Choose the first clip and, where no masks stand beside the image, whether it is a shape, to be summed as a ramp."""
+    """Choose the first clip and, where no masks stand beside images, whether they are shapes, to be summed as ramps."""
     if fit.shapes.public_clips:
         fit.radius = (PUBLIC_RESIDUAL_RMS if fit.shapes.mean_alone else PUBLIC_RMS) * fit.elements**0.5
         fit.length = fit.radius

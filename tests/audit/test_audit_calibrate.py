@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from audit_world import phantom_scans
@@ -124,9 +126,11 @@ def test_mixture_likelihood_is_the_mixture_of_multivariate_normals() -> None:
         assert abs(found[i] - exact) < 1e-4 * max(1, abs(exact))
 
 
-def attacked(noise: float, targets: int) -> tuple[list[float], Pool]:
-    """AUC of the primary attack on several closed-form targets of 24 people, and the pool."""
+def attacked(noise: float, targets: int, *, shapes: bool = False) -> tuple[list[float], Pool]:
+    """AUC of the primary attack on several closed-form targets of 32 people, of shapes or grey images; and the pool."""
     scans = phantom_scans(2, 64, 3, 16)
+    if shapes:
+        scans = replace(scans, x=scans.x[:, 1:2], space=replace(scans.space, mask_labels=()))
     areas = []
     for seed in range(targets):
         chosen = RNG(seed).permutation(64)
@@ -146,6 +150,8 @@ def attacked(noise: float, targets: int) -> tuple[list[float], Pool]:
 def test_the_closed_form_attack_breaks_a_fit_without_noise_and_not_one_with_much() -> None:
     leaking, _ = attacked(0.0, 1)
     assert leaking[0] >= 0.95
+    shapes, _ = attacked(0.0, 3, shapes=True)
+    assert np.mean(shapes) >= 0.75  # a dozen voxels say less of a person than a grey image
     private, _ = attacked(20.0, 6)  # epsilon far below 1: the AUC is at most Phi(1 / (20 sqrt 2)) = 0.51 on average
     assert abs(np.mean(private) - 0.5) < 0.1  # six independent targets of 32 against 32: standard error 0.03
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,14 @@ def test_stacked_noise_has_the_planned_size() -> None:
     assert abs(float(drawn.std()) / (3.0 * 0.5 / 4.0) - 1) < 0.03
 
 
-@pytest.mark.parametrize("variant", ["plain", "mixture", "public clips", "mean alone", "warps"])
+@pytest.mark.parametrize("variant", ["plain", "mixture", "public clips", "mean alone", "warps", "shapes"])
 def test_closed_form_shadows_are_fits_of_the_product(variant: str) -> None:
     """On coefficients as on images: the same linear part, from the same noise."""
     from medvae.dp.noise import seeded_noise
 
     scans = phantom_scans(2, 20, 0, 16)
+    if variant == "shapes":
+        scans = replace(scans, x=scans.x[:, 1:2], space=replace(scans.space, mask_labels=()))
     mixture = MixtureConfig(enabled=variant == "mixture", box=(3, 3), components=2)
     moments = MomentsConfig(
         public_clips=variant == "public clips", mean_alone=variant == "mean alone", warped_pairs=variant == "warps"
@@ -98,11 +101,12 @@ def test_closed_form_shadows_are_fits_of_the_product(variant: str) -> None:
     has = {"mixture": shapes.mixture is not None, "public clips": shapes.public_clips, "mean alone": shapes.mean_alone}
     has |= {"warps": shapes.warped_pairs > 0}
     assert has == {name: name == variant for name in has}
-    noise = dict.fromkeys(shapes.releases, 2.0)
+    noise = {**dict.fromkeys(shapes.releases, 2.0), "norms": 0.1}
     trainer = closed_form(scans, resolved, noise, 5)
     found = trainer.fit(3, np.arange(10))
     images = InMemory(scans.x, scans.condition, trainer.full.patient, scans.space)
     expected = fit_moments(images, np.arange(10), noise, shapes, noise=seeded_noise(5 * 1_000_003 + 3))
+    assert bool(expected.two_valued) == (variant == "shapes")
     for name, tensor in expected.state_dict().items():
         np.testing.assert_allclose(found[LINEAR + name], tensor.numpy(), rtol=1e-3, atol=2e-4)
 
