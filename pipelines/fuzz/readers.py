@@ -4,9 +4,9 @@
     python pipelines/fuzz/readers.py mutate SEEDS --seconds 600    random changes of bytes, headers first
     python pipelines/fuzz/readers.py atheris SEEDS --seconds 600   coverage-guided changes (pip install atheris)
 
-SEEDS is a folder of DICOM, NIfTI, zip, tar or .npz files. The cases of `truncate` and `mutate` run in a child process
-with a bound on its memory; a case that crashes it, hangs, or raises anything but the readers own verdicts is a finding,
-kept under --keep. Exit code 1 where there was any.
+SEEDS is a folder of DICOM, NIfTI, zip, tar, .npz, picture, NRRD or MetaImage files. Cases of `truncate` and `mutate`
+run in a child process with a bound on its memory; a case that crashes it, hangs, or raises anything but the readers own
+verdicts is a finding, kept under --keep. Exit code 1 where there was any.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from medvae.vault.dicom_pixels import read_frames
 from medvae.vault.dicom_plain import read_plain
 from medvae.vault.dicom_seg import read_mask
 from medvae.vault.discover import discover
+from medvae.vault.itk import count_frames, read_itk
 from medvae.vault.nifti import read_nifti
+from medvae.vault.pictures import read_picture
 from medvae.vault.scan import Rules, Skipped, Unusable, quiet
 
 RULES = Rules(colour="luminance", frames="all", max_voxels=2**22)
@@ -49,26 +51,51 @@ TRUNCATED = 10
 def one_case(path: Path) -> str:
     """Read one file as ingest would; return the verdict. Anything raised is a finding."""
     try:
-        if is_packed(path):
-            return _archive(path)
-        if path.name.endswith((".nii", ".nii.gz")):
-            read_nifti(path, None, rules=RULES)
-            return "read"
-        if path.name.endswith(".npz"):
-            from medvae.vault.arrays import npz_source
-
-            for scan in npz_source(discover(path), RULES).scans[:4]:
-                scan.read()
-            return "read"
-        header = read_header(path, RULES)
-        if header.is_segmentation:
-            read_mask(path, header.frames, (64, 64, 4), np.eye(4))
-        else:
-            _both_ways(header.frames[0], read_frames(path, None, RULES))
+        return READERS[reader_of(path)](path)
     except Unusable as verdict:
         return verdict.reason
     except MedvaeError:
         return "refused in one sentence"
+    return "read"
+
+
+def reader_of(path: Path) -> str:
+    """Return the reader that ingest would choose by the name."""
+    if is_packed(path):
+        return "archive"
+    return next((reader for reader, ends in ENDS.items() if path.name.endswith(ends)), "DICOM")
+
+
+def _dicom(path: Path) -> str:
+    header = read_header(path, RULES)
+    if header.is_segmentation:
+        read_mask(path, header.frames, (64, 64, 4), np.eye(4))
+    else:
+        _both_ways(header.frames[0], read_frames(path, None, RULES))
+    return "read"
+
+
+def _nifti(path: Path) -> str:
+    read_nifti(path, None, rules=RULES)
+    return "read"
+
+
+def _npz(path: Path) -> str:
+    from medvae.vault.arrays import npz_source
+
+    for scan in npz_source(discover(path), RULES).scans[:4]:
+        scan.read()
+    return "read"
+
+
+def _picture(path: Path) -> str:
+    read_picture(path, None, rules=RULES)
+    return "read"
+
+
+def _itk(path: Path) -> str:
+    count_frames(path)
+    read_itk(path, None, rules=RULES)
     return "read"
 
 
@@ -92,6 +119,15 @@ def _archive(path: Path) -> str:
         if links or any(p != inside for p in room.iterdir()):
             raise RuntimeError("something was written outside the folder")
     return "unpacked"
+
+
+READERS = {"archive": _archive, "NIfTI": _nifti, "npz": _npz, "picture": _picture, "ITK": _itk, "DICOM": _dicom}
+ENDS = {
+    "NIfTI": (".nii", ".nii.gz"),
+    "npz": (".npz",),
+    "picture": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"),
+    "ITK": (".nrrd", ".mha"),
+}
 
 
 def truncations(seeds: list[Path]) -> Iterator[tuple[str, bytes]]:
@@ -184,10 +220,12 @@ class Child:
 
 def run(cases: Iterator[tuple[str, bytes]], seconds: float, keep: Path) -> int:
     verdicts: Counter[str] = Counter()
+    readers: Counter[str] = Counter()
     findings: Counter[str] = Counter()
     child, start = Child(), time.monotonic()
     for count, case in enumerate(cases, start=1):
         fine, words = child.read(case)
+        readers[reader_of(Path(case[0]))] += 1
         if fine:
             verdicts[words] += 1
         else:
@@ -204,6 +242,7 @@ def run(cases: Iterator[tuple[str, bytes]], seconds: float, keep: Path) -> int:
     child.process.join(30)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"{count} cases in {time.monotonic() - start:.0f} s, {sum(findings.values())} findings, peak {peak:.0f} MB")
+    print(*(f"{reader}: {number}" for reader, number in readers.most_common()), sep=", ")
     for words, number in (*verdicts.most_common(), *findings.most_common()):
         print(f"{number:>8}  {words}")
     return min(1, len(findings))
