@@ -24,6 +24,7 @@ TOKEN, USER, PASSWORD = "MEDVAE_DICOMWEB_TOKEN", "MEDVAE_DICOMWEB_USER", "MEDVAE
 PLAIN_HTTP = "MEDVAE_DICOMWEB_PLAIN_HTTP"
 AE_TITLE = "MEDVAE"
 TIMEOUT = (20.0, 300.0)  # seconds to connect, and between two bytes: an archive may fetch from tape
+LONGEST_ANSWER = 2**27  # bytes of an answer that is held whole, which scans are not; a page of a search has far fewer
 FOREIGN = (ValueError, LookupError, TypeError, AttributeError)  # what answers of another form lead to
 _SCHEMES = ("dicomweb", "dicomweb+http", "dicom")
 _EXAMPLES = "dicomweb://pacs.example/dicom-web or dicom://AETITLE@pacs.example:104"
@@ -92,17 +93,35 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def web_client(place: DicomWeb) -> Any:
-    """Return a dicomweb_client.DICOMwebClient with the secrets of the environment; redirects are not followed.
+def web_client(place: DicomWeb, session: Any = None) -> Any:
+    """Return a dicomweb_client.DICOMwebClient over `web_session(place)`, or over the one that is given.
 
-    Raises MissingPart where the extra `pacs` is not installed.
+    Raises as `web_session` does.
+    """
+    session = session or web_session(place)
+    from dicomweb_client.api import DICOMwebClient
+
+    with talking():
+        client = DICOMwebClient(place.url, session=session, timeout=TIMEOUT)
+        # A short wait for a busy server; after that, the same command goes on where it stopped.
+        client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=200)
+    return client
+
+
+def web_session(place: DicomWeb) -> Any:
+    """Return a requests.Session with the secrets of the environment; redirects are not followed.
+
+    An answer that is not streamed and longer than LONGEST_ANSWER raises InputError, as a packed one does: the few bytes
+    of a bomb could fill the memory. Raises MissingPart where the extra `pacs` is not installed.
     """
     try:
+        import dicomweb_client  # noqa: F401
         import requests
-        from dicomweb_client.api import DICOMwebClient
     except ImportError:
         raise MissingPart("talking to a PACS needs more packages: pip install 'medvae-dp[pacs]'") from None
     session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
+    session.hooks["response"].append(_bounded)
     session.max_redirects = 0  # a token goes to the host that was named, and to no other
     session.trust_env = place.url.startswith("https:")  # in clear, a proxy of the environment would read the token
     token, user, password = ((os.environ.get(name) or "").strip() for name in (TOKEN, USER, PASSWORD))
@@ -114,16 +133,46 @@ def web_client(place: DicomWeb) -> Any:
         session.auth = (user.encode(), password.encode())
     else:
         session.auth = lambda request: request  # without this, requests would look into ~/.netrc
-    with talking():
-        client = DICOMwebClient(place.url, session=session, timeout=TIMEOUT)
-        # A short wait for a busy server; after that, the same command goes on where it stopped.
-        client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=200)
-    return client
+    return session
 
 
 def _bearer(request: Any, token: str) -> Any:
     request.headers["Authorization"] = f"Bearer {token}"
     return request
+
+
+def _bounded(response: Any, **asked: Any) -> None:
+    """Hook of requests: whatever reads this answer whole reads no more than LONGEST_ANSWER."""
+    if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        response.close()
+        raise InputError(
+            "the PACS packs its answer (Content-Encoding), which was not asked for and may hold a bomb: switch that "
+            "off in the web server before it"
+        )
+    if not asked.get("stream"):
+        response.raw = _Bounded(response.raw)
+
+
+class _Bounded:
+    """The body of an answer up to a bound; all else is the body's own."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def stream(self, *args: Any, **more: Any) -> Iterator[bytes]:
+        size = 0
+        for piece in self._raw.stream(*args, **more):
+            size += len(piece)
+            if size > LONGEST_ANSWER:
+                self._raw.close()
+                raise InputError(
+                    f"the PACS sends more than {LONGEST_ANSWER // 2**20} MB where a page of a search was asked for, or "
+                    "without an end: check the path of its DICOMweb service, or narrow the search"
+                )
+            yield piece
 
 
 @contextmanager

@@ -192,22 +192,22 @@ def test_a_pacs_is_ingested_like_the_folder(
 def test_an_interrupted_fetch_goes_on_and_is_private(
     orthanc: Orthanc, base_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dicomweb_client.api import DICOMwebClient
-
+    from medvae.vault import dicomweb
     from medvae.vault.dicomweb import local_source
 
     send(base_release, orthanc.web_address)
-    whole, calls = DICOMwebClient.iter_series, []
+    whole, calls = dicomweb.save_objects, []
 
-    def breaks(self: Any, *given: Any, **more: Any) -> Any:
+    def torn(pieces: Iterator[bytes]) -> Iterator[bytes]:
+        piece = next(pieces)
+        yield piece[: len(piece) // 2]
+        raise ConnectionResetError
+
+    def breaks(kind: str, pieces: Iterator[bytes], folder: Path) -> int:
         calls.append(1)
-        found = whole(self, *given, **more)
-        if len(calls) == 2:
-            yield next(iter(found))
-            raise ConnectionResetError
-        yield from found
+        return whole(kind, torn(pieces) if len(calls) == 2 else pieces, folder)
 
-    monkeypatch.setattr(DICOMwebClient, "iter_series", breaks)
+    monkeypatch.setattr(dicomweb, "save_objects", breaks)
     with pytest.raises(InputError), local_source(orthanc.web_address, tmp_path / "cohort"):
         pass
     kept = tmp_path / ".cohort.fetched"
