@@ -102,7 +102,8 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 def _read(pipe: IO[bytes], most: int, until: float) -> bytes:
-    ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
+    left = until - time.monotonic()  # past the bound nothing is read, whether or not something lies ready
+    ready = left > 0 and select.select([pipe], [], [], left)[0]
     data = os.read(pipe.fileno(), min(most, 2**20)) if ready and most else b""
     if not data:
         raise EOFError
