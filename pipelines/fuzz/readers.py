@@ -56,7 +56,6 @@ def one_case(path: Path) -> str:
         return verdict.reason
     except MedvaeError:
         return "refused in one sentence"
-    return "read"
 
 
 def reader_of(path: Path) -> str:
