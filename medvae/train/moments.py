@@ -88,7 +88,8 @@ class MomentShapes:
     spectrum_weight: share of the last release's sensitivity that spectra get, against directions (squares add to 1);
     public_clips: clips are public constants, and the two histograms are left out. mean_alone: only the overall mean
     is released, and a histogram of norms before it. warped_pairs: of copies that a scan's second moments average over.
-    functions: that second moments are of where images are shapes, in place of the lowest cosines.
+    two_valued: whether images are shapes, where that is public; functions: that second moments of shapes are of, in
+    place of the lowest cosines.
     """
 
     basis: tuple[int, ...]
@@ -100,6 +101,7 @@ class MomentShapes:
     public_clips: bool = False
     mean_alone: bool = False
     warped_pairs: int = 0
+    two_valued: bool | None = None
     functions: int = 64
 
     @property
@@ -162,6 +164,7 @@ class _Fit:
         self.elements = space.channels * int(np.prod(space.spatial_shape))
         self.shell = shells(space.spatial_shape)
         self.part = part(space, shapes.basis, shapes.latent_dim, shapes.mixture)
+        self.part.two_valued.fill_(shapes.two_valued is True and not space.mask_labels)
         self.full, self.as_shapes = part(space, space.spatial_shape, 1), part(space, space.spatial_shape, 1)
         self.as_shapes.two_valued.fill_(True)
         inside = self.shell[tuple(slice(k) for k in shapes.basis)]
@@ -261,7 +264,7 @@ def _norms(fit: _Fit) -> None:
         fit.length = fit.radius
         return
     low = fit.coarse if not fit.shapes.mean_alone else ...
-    weight = 0.0 if fit.space.mask_labels else GREY_WEIGHT
+    weight = GREY_WEIGHT if fit.shapes.two_valued is None and not fit.space.mask_labels else 0.0
     rest = (1 - weight**2) ** 0.5
 
     def contribution(batch: Batch) -> Tensor:

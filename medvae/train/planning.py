@@ -86,6 +86,7 @@ def moment_shapes(recipe: Recipe) -> MomentShapes:
         public_clips=m.public_clips is True,
         mean_alone=m.mean_alone is True,
         warped_pairs=m.warped_pairs,
+        two_valued=m.two_valued,
         functions=m.functions,
     )
 

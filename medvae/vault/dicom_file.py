@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ BY_NAME = (".dcm", ".ima")  # taken for DICOM without the preamble that old expo
 # Retired 12-bit JPEG processes, which a decoder of process 4 understands: pydicom knows no decoder by their names.
 RETIRED = frozenset({"1.2.840.10008.1.2.4.52", "1.2.840.10008.1.2.4.53", "1.2.840.10008.1.2.4.54",
                      "1.2.840.10008.1.2.4.55"})  # fmt: skip
+PIXELS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})  # as floats, as doubles, as integers
 
 
 def open_dataset(
@@ -22,18 +23,21 @@ def open_dataset(
 ) -> Any:
     """Read the named elements of one file; all others are skipped unread. An open `stream` of it is left where it ends.
 
+    The first pixel data end the reading: elements behind them that are named again (PS3.5 7.1 has none) cannot
+    say otherwise to who reads pixels than to who reads the header alone.
+
     Raises Unusable for what is no DICOM file, truncated before its pixels, or would inflate without bound.
     """
-    import pydicom
     from pydicom import uid
     from pydicom.dataset import FileMetaDataset
     from pydicom.errors import InvalidDicomError
+    from pydicom.filereader import read_partial
 
     try:
         check_dataset(path, rules)
         with nullcontext(stream) if stream is not None else path.open("rb") as opened:
-            ds = pydicom.dcmread(
-                opened, stop_before_pixels=not pixels, specific_tags=_numbers(tuple(tags)),
+            ds = read_partial(
+                opened, _behind_pixels() if pixels else _at_pixels, specific_tags=list(_numbers(tuple(tags))),
                 force=path.name.lower().endswith(BY_NAME),
             )  # fmt: skip
         bare = not ds.preamble
@@ -57,6 +61,21 @@ def open_dataset(
     except Exception:  # pydicom raises many kinds on foreign bytes, all of them about this one file
         raise Unusable("unreadable file") from None
     return ds
+
+
+def _at_pixels(tag: int, vr: str | None, length: int) -> bool:
+    return tag in PIXELS
+
+
+def _behind_pixels() -> Callable[[int, str | None, int], bool]:
+    found = False
+
+    def stop(tag: int, vr: str | None, length: int) -> bool:
+        nonlocal found
+        before, found = found, found or tag in PIXELS
+        return before
+
+    return stop
 
 
 @cache

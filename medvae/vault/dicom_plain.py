@@ -68,7 +68,8 @@ def _plain_way(file_meta: Any, values: Mapping[str, Any], stream: BinaryIO) -> t
     offset = stream.tell()
     head = stream.read(12)
     long = syntax == EXPLICIT
-    if head[:4] != PIXEL_DATA or (long and head[4:6] not in (b"OB", b"OW")):
+    # Some files say that they are implicit and are not; as a length, these letters would be odd, which none may be.
+    if head[:4] != PIXEL_DATA or long != (head[4:6] in (b"OB", b"OW")):
         return None
     length = int.from_bytes(head[8:12] if long else head[4:8], "little")
     size = int(values["Rows"]) * int(values["Columns"]) * (bits // 8)

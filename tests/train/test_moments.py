@@ -281,6 +281,28 @@ def test_shapes_are_summed_as_ramps_and_varied_where_they_are():
     assert abs(np.corrcoef(codes, source.x.sum((1, 2, 3)))[0, 1]) > 0.95
 
 
+def test_shapes_that_are_declared_are_not_asked_for():
+    """Where the noise hides it, the user's word stands: no part of a release is spent on the question."""
+    noise = dict.fromkeys(SHAPES.releases, 100.0)
+    widths = {}
+    original = noisy_sums.noisy_sum
+
+    def seen(*args):
+        out = original(*args)
+        widths.setdefault(args[4], []).append(len(out))
+        return out
+
+    source = shapes_of(40, 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noisy_sums, "noisy_sum", seen)
+        for declared in (None, True, False):
+            shapes = replace(SHAPES, two_valued=declared, functions=9)
+            part = fit_moments(source, np.arange(40), noise, shapes, noise=seeded_noise(0))
+            assert bool(part.two_valued) is (declared is True)
+    asked, told, denied = widths["norms"]
+    assert asked == told + 1 == denied + 1
+
+
 def test_the_answer_follows_the_released_number_and_not_the_scans(monkeypatch):
     original = noisy_sums.noisy_sum
 
