@@ -120,3 +120,29 @@ def test_an_unreadable_value_that_nobody_asks_for_costs_nothing(tmp_path: Path) 
         assert read_header(tmp_path / "weight.dcm").patient == "P1"
         with pytest.raises(Unusable, match="header cannot be read"):
             read_header(tmp_path / "rows.dcm")
+
+
+def test_a_file_of_another_encoding_than_it_says_takes_the_whole_way(tmp_path: Path) -> None:
+    """Explicit elements under the name of implicit ones, found by fuzzing: the short way was two pixels off."""
+    path, pixels = tmp_path / "a.dcm", noise((6, 7), 0, "u2")
+    write_slice(path, pixels)
+    data = path.read_bytes()
+    assert data.count(b"1.2.840.10008.1.2.1\0") == 1
+    path.write_bytes(data.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2\0\0\0"))
+    with quiet():
+        assert short_way(path) is None
+        np.testing.assert_array_equal(read_frames(path, None), [pixels])
+
+
+def test_what_stands_behind_the_pixels_changes_nothing(tmp_path: Path) -> None:
+    """A second data set in one file, found by fuzzing: header and pixels came from different ones."""
+    path, pixels = tmp_path / "a.dcm", noise((6, 7), 0, "u2")
+    write_slice(path, pixels, RescaleSlope="2", WindowCenter="1")
+    write_slice(tmp_path / "b.dcm", noise((6, 7), 1, "u2"), RescaleSlope="3", PatientID="P2")
+    other = (tmp_path / "b.dcm").read_bytes()
+    path.write_bytes(path.read_bytes() + other[other.index(b"\x08\x00\x16\x00UI") :])
+    header = read_header(path, TAKE)
+    assert header.patient == "P1"
+    with quiet():
+        np.testing.assert_array_equal(read_frames(path, None), [pixels * 2.0])
+        np.testing.assert_array_equal(short_way(path), pixels * 2.0)
