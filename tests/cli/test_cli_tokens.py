@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import threading
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +22,7 @@ from test_cli_leak import RECIPE, everything
 
 from medvae import pacs
 from medvae.cli_run import run
+from medvae.vault import dicomweb
 
 pytest.importorskip("dicomweb_client", reason="the PACS client is not here: pip install 'medvae-dp[pacs]'")
 
@@ -116,6 +118,25 @@ class Archive:
         call.wfile.write(body)
 
 
+@contextmanager
+def loud(said: io.StringIO) -> Iterator[None]:
+    """Write every record of every logger to `said`, whatever its level, its handlers, and whom it passes records to.
+
+    Only what is switched off for the whole process stays silent, as libraries are while a PACS is spoken to.
+    """
+    ours, handle = logging.StreamHandler(said), logging.Logger.handle
+    ours.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
+
+    def also(logger: logging.Logger, record: logging.LogRecord) -> None:
+        ours.handle(record)
+        handle(logger, record)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.Logger, "isEnabledFor", lambda logger, level: level > logger.manager.disable)
+        patch.setattr(logging.Logger, "handle", also)
+        yield
+
+
 @dataclass
 class World:
     """What the commands wrote (below `folder`), said and logged."""
@@ -127,17 +148,9 @@ class World:
     said: io.StringIO = field(default_factory=io.StringIO)
 
     def command(self, name: str, *argv: str) -> int:
-        """Run a command with every logger at its loudest."""
-        root, loud = logging.getLogger(), logging.StreamHandler(self.said)
-        before = root.level
-        root.addHandler(loud)
-        root.setLevel(1)
-        try:
-            with redirect_stdout(self.said), redirect_stderr(self.said):
-                self.codes[name] = run(argv)
-        finally:
-            root.removeHandler(loud)
-            root.setLevel(before)
+        """Run a command; see `loud`."""
+        with loud(self.said), redirect_stdout(self.said), redirect_stderr(self.said):
+            self.codes[name] = run(argv)
         return self.codes[name]
 
     def leaks(self) -> list[str]:
@@ -198,7 +211,7 @@ def test_secrets_are_in_nothing_that_is_written_said_or_logged(world: World) -> 
     sent = {header for _, header in world.archive.seen}
     assert sent == {f"Bearer {TOKEN}", f"Basic {b64encode(LOGIN.encode()).decode()}"}  # so there was something to leak
     assert (world.folder / "mlflow.db").is_file()
-    assert "DEBUG" in world.said.getvalue() or len(world.said.getvalue()) > 500
+    assert "\nDEBUG " in world.said.getvalue()  # so the loudest records did come here
     assert world.leaks() == []
 
 
@@ -246,6 +259,30 @@ def test_a_token_of_several_lines_is_refused_and_not_shown(world: World, monkeyp
     assert world.command("lines", "send", "release", world.archive.address) == 2
     assert len(world.archive.seen) == reached
     assert world.leaks() == []
+
+
+@pytest.mark.parametrize("logger", ["as it comes", "not passed on", "of a high level", "disabled"])
+def test_a_secret_in_a_log_for_debugging_would_be_found(
+    logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted where the client is made, in each of the ways in which a logger can hide from the root's handlers."""
+    planted = logging.getLogger(f"medvae.planted.{logger}")
+    planted.propagate = logger != "not passed on"
+    planted.disabled = logger == "disabled"
+    planted.setLevel(logging.ERROR if logger == "of a high level" else logging.NOTSET)
+    session = dicomweb.web_session
+
+    def leaky(place: pacs.DicomWeb) -> Any:
+        planted.debug("a session with %s", os.environ[pacs.TOKEN])
+        return session(place)
+
+    monkeypatch.setattr(dicomweb, "web_session", leaky)
+    monkeypatch.setenv(pacs.TOKEN, TOKEN)
+    monkeypatch.setenv("MEDVAE_TRACKING", "off")
+    monkeypatch.chdir(tmp_path)
+    world = World(tmp_path, Archive(mode="500"), Archive())
+    assert world.command("ingest", "ingest", world.archive.address, "-o", "cohort", "--shape", "32", "32") == 2
+    assert world.leaks() == ["what was said and logged"]
 
 
 @pytest.mark.parametrize("secret", [TOKEN, PASSWORD, LOGIN])
