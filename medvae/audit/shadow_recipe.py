@@ -134,7 +134,10 @@ class Deep:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         models = [self._start(n, np.flatnonzero(row)).to(device) for n, row in zip(numbers, included, strict=True)]
-        self._descend(models, numbers, included, device)
+        shapes = np.asarray([m.linear is not None and bool(m.linear.two_valued) for m in models])
+        for mine in (np.flatnonzero(shapes), np.flatnonzero(~shapes)):  # a stack's models compute the same
+            if len(mine):
+                self._descend([models[i] for i in mine], [numbers[i] for i in mine.tolist()], included[mine], device)
         found = []
         for model in models:
             ready = model.cpu().eval()

@@ -57,11 +57,19 @@ class Stack(nn.Module):
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
-        parameters, self.fixed = stack_module_state(list(models))
+        parameters, fixed = stack_module_state(list(models))
+        # What is yes or no decides what is computed, for all models at once.
+        flags = {name: value for name, value in fixed.items() if value.dtype == torch.bool}
+        if any(bool((value != value[:1]).any()) for value in flags.values()):
+            raise ValueError("models in a stack must agree in what is yes or no")
+        self.fixed = {name: value for name, value in fixed.items() if name not in flags}
         self.names = list(parameters)
         for name, value in parameters.items():
             self.register_parameter(name.replace(".", "/"), nn.Parameter(value.detach().clone()))
         self.base = [copy.deepcopy(models[0]).to("meta")]  # in a list: no submodule, its weights are never used
+        for name, value in flags.items():
+            owner, _, own = name.rpartition(".")
+            self.base[0].get_submodule(owner).register_buffer(own, value[0].cpu())
 
     @property
     def stacked(self) -> dict[str, Tensor]:

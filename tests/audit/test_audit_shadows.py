@@ -24,6 +24,7 @@ from medvae.audit.stacked import Batches, Schedule, Stack, take_step
 from medvae.config import MixtureConfig, MomentsConfig, Recipe
 from medvae.errors import ConfigError
 from medvae.nets.build import build_model
+from medvae.nets.cvae import ConditionalVAE
 from medvae.train.moments import fit_moments
 from medvae.train.planning import moment_shapes
 from medvae.train.rule import resolve
@@ -41,15 +42,25 @@ def test_every_patient_is_left_out_of_equally_many_and_classes_are_spread() -> N
     assert splits(strata, 1.0, 4, 0).sum() == 300
 
 
-def test_a_stacked_step_is_the_step_of_each_model_alone() -> None:
+def model_of(two_valued: bool | None) -> ConditionalVAE:
+    """A network from nothing, or around a linear part of grey images or of shapes."""
+    closed = MomentsConfig(enabled=two_valued is not None, basis_shape=(4, 4))
+    model = build_model(space_of((16, 16)), recipe().model_copy(update={"moments": closed}))
+    if model.linear is not None:
+        model.linear.two_valued.fill_(two_valued is True)
+    return model
+
+
+@pytest.mark.parametrize("two_valued", [None, False, True])
+def test_a_stacked_step_is_the_step_of_each_model_alone(two_valued: bool | None) -> None:
     """Against the product's own engine: per-patient gradients, clipped, summed, divided by the expected number."""
     from medvae.train.gradient import FunctorchSampler
 
-    space, bound = space_of((16, 16)), 0.5
+    bound = 0.5
     models = []
     for seed in range(3):
         torch.manual_seed(seed)
-        models.append(build_model(space, recipe()))
+        models.append(model_of(two_valued))
     rng = np.random.default_rng(0)
     x = rng.random((3, 4, 2, 3, 16, 16)).astype(np.float32)
     condition = rng.random((3, 4, 2, 3)).astype(np.float32)
@@ -71,6 +82,12 @@ def test_a_stacked_step_is_the_step_of_each_model_alone() -> None:
             found = stack.stacked[name].grad
             assert found is not None
             torch.testing.assert_close(found[k], value / 2.5, rtol=1e-3, atol=1e-5)
+
+
+def test_models_of_shapes_and_of_grey_images_make_no_stack() -> None:
+    models = [model_of(True), model_of(False)]
+    with pytest.raises(ValueError, match="must agree"):
+        Stack(models)
 
 
 def test_stacked_noise_has_the_planned_size() -> None:
