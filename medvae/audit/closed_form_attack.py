@@ -15,7 +15,7 @@ from medvae.audit.membership import Scores
 from medvae.audit.shadow_recipe import LINEAR, ClosedForm, closed_form
 from medvae.audit.shadows import Arrays, Shadows, run_shadows, splits
 from medvae.config import Recipe
-from medvae.nets.shape import ramp
+from medvae.nets.shape import with_ramps
 from medvae.train.planning import moment_shapes
 from medvae.types import FloatArray, ImageSpace
 
@@ -42,9 +42,7 @@ def family(
         return Family("white-box", WHITE_BOX, words=f"needs {FEWEST_SHADOWS} shadow models, there are {len(shadows)}")
     looks = full
     if target[LINEAR + "two_valued"]:  # the model is one of ramps
-        x = torch.from_numpy(pool.scans.x)
-        ramps = torch.cat([ramp(x[:, :1], pool.scans.space.spatial_dims), x[:, 1:]], dim=1)
-        looks = linear_scores.cosines(ramps.numpy())
+        looks = linear_scores.cosines(with_ramps(torch.from_numpy(pool.scans.x)).numpy())
     seen = linear_scores.coefficients(looks, pool.scans.condition, pool.scans.space, basis)
     attacks = _attacks(pool, seen, recipe, [target, *shadows.arrays], shadows)
     leaky: dict[str, Scores] = {}

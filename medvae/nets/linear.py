@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medvae.nets.mixture import MixturePart, MixtureShapes
-from medvae.nets.shape import ramp
+from medvae.nets.shape import with_ramps
 from medvae.types import Condition, ImageSpace
 
 SHELLS = 12
@@ -112,9 +112,7 @@ class LinearPart(nn.Module):
         """Return what m(c) and the directions are about, in the form of x: x itself or, of shapes, their ramps."""
         if not self.two_valued:
             return x
-        pixels = self.pixels(x)
-        ramps = ramp(pixels[:, :1], self.space.spatial_dims)
-        return self.from_pixels(torch.cat([ramps, pixels[:, 1:]], dim=1))
+        return self.from_pixels(with_ramps(self.pixels(x)))
 
     def reduce(self, x: Tensor) -> Tensor:
         """Return the coefficients (B, C, *k) of images (B, C, *spatial)."""

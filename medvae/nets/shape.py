@@ -33,6 +33,11 @@ def ramp(images: Tensor, spatial_dims: int) -> Tensor:
     return images + (LEVEL + distance / (2 * reach) - images).detach()
 
 
+def with_ramps(x: Tensor) -> Tensor:
+    """Return scans (B, C, *spatial) with the ramp of the image, channel 0, in its place."""
+    return torch.cat([ramp(x[:, :1], x.ndim - 2), x[:, 1:]], dim=1)
+
+
 def sharpened(ramps: Tensor, spatial_dims: int) -> Tensor:
     """Return images in [0, 1] of ramps (..., *spatial): two values but for less than two voxels at the border."""
     return (LEVEL + (ramps - LEVEL) * reach_of(tuple(ramps.shape[-spatial_dims:]))).clamp(0, 1)
