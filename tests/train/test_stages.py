@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_cohort import Stop, same, small_config, weights, write_cohort
 
@@ -144,6 +144,7 @@ def made_up(net: str, scans: int, size: float, seed: int) -> tuple[torch.nn.Modu
 
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(["flow", "fixed", "learned"]), st.integers(1, 6), st.floats(0, 10), st.integers(0, 1000))
+@example("flow", 2, 2.0, 33)  # others' gradients, of norms of millions, change in their last digits
 def test_a_patient_moves_a_step_of_flow_and_teacher_by_at_most_the_clip(
     net: str, scans: int, size: float, seed: int
 ) -> None:
@@ -155,7 +156,7 @@ def test_a_patient_moves_a_step_of_flow_and_teacher_by_at_most_the_clip(
     whole, _ = engine.clipped_sum(batch, noise)
     less, _ = engine.clipped_sum(Batch(batch.x[keep], batch.condition[keep], batch.patient[keep]), noise[keep])
     gap = torch.cat([(a - b).flatten() for a, b in zip(whole, less, strict=True)]).norm()
-    assert float(gap) <= plan.max_grad_norm * (1 + 1e-5)
+    assert float(gap) <= plan.max_grad_norm
 
 
 def test_codes_are_clipped_before_anything_sees_them() -> None:
