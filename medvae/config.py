@@ -99,8 +99,8 @@ class MomentsConfig(Frozen):
     """The closed-form stage: noisy moments by class and covariate, the optimum of a linear conditional VAE.
 
     warped_pairs: of deformed copies of a scan, beside itself, that its second moments average over. They teach codes
-    how anatomy moves where persons are few, and cost no epsilon. two_valued: whether images are shapes, every voxel 0
-    or 1, which is public where you say so; left open, the first release says it if its noise leaves it to be seen.
+    how anatomy moves where persons are few, and cost no epsilon. two_valued: whether images are shapes, black and
+    white, which is public where you say so; left open, the first release says it if its noise leaves it to be seen.
     functions: that second moments of shapes are of, in place of `coarse_shape` cosines.
     """
 

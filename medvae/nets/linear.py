@@ -71,7 +71,8 @@ class LinearPart(nn.Module):
     spectrum: (SHELLS, C, C), the covariance between channels of one cosine coefficient of what m(c) leaves over, by
     shell of frequency; contrast: (M,), how much brighter the image is inside each mask than around it, where m(c) does
     not already say so. These two are not part of p(x|z): sampling adds them as texture.
-    two_valued: (), whether images are shapes, every voxel 0 or 1: all of this is about their ramps then (shape.py).
+    two_valued: (), whether images are shapes, black and white: all of this is about their ramps then (shape.py).
+    border_width: (), in voxels, of the grey border that sampled shapes get; 0 where every voxel is 0 or 1.
     mixture: in its place the directions' one Gaussian, where the cohort carries one.
     """
 
@@ -80,6 +81,7 @@ class LinearPart(nn.Module):
     spectrum: Tensor
     contrast: Tensor
     two_valued: Tensor
+    border_width: Tensor
 
     def __init__(
         self,
@@ -93,6 +95,7 @@ class LinearPart(nn.Module):
         self.mixture = None if mixture is None else MixturePart(space, mixture)
         self.register_buffer("contrast", torch.zeros(space.channels - 1))
         self.register_buffer("two_valued", torch.tensor(False))
+        self.register_buffer("border_width", torch.tensor(0.0))
         self.register_buffer("spectrum", torch.zeros(SHELLS, space.channels, space.channels))
         self.register_buffer("mean_map", torch.zeros(design_width(space.conditions), space.channels, *basis_shape))
         self.register_buffer("directions", torch.zeros(latent_dim, space.channels, *basis_shape))

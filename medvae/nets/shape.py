@@ -1,8 +1,9 @@
-"""Images of two values as ramps: how far a voxel is from the border of the shape, in place of inside or outside.
+"""Images of shapes as ramps: how far a voxel is from the border of the shape, in place of inside or outside.
 
 Shapes do not add up: between two positions of a border lies a step of half height, which no sum of few patterns draws
 sharply. Distances to the border do add up, nearly (Leventon et al. 2000; Tsai et al. 2003), so the closed form takes
-its moments of ramps, and an image is where a ramp is above LEVEL.
+its moments of ramps, and an image is where a ramp is above LEVEL. A border may be soft, as those of strokes or of
+shapes brought to another grid are; the rest of such an image is black or white.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch.nn import functional
 # A ramp at the border; and how far it reaches to either side, as a share of the mean side of the grid.
 LEVEL = 0.5
 REACH = 1 / 16
+# Voxels within NEARLY of black or white count as so. Those beside a border are one voxel from its other side, give or
+# take rounding; from OFF_BORDER on they are off it.
+NEARLY, BESIDE, OFF_BORDER = 0.05, 1.01, 1.5
 
 
 def reach_of(spatial_shape: tuple[int, ...]) -> int:
@@ -38,9 +42,27 @@ def with_ramps(x: Tensor) -> Tensor:
     return torch.cat([ramp(x[:, :1], x.ndim - 2), x[:, 1:]], dim=1)
 
 
-def sharpened(ramps: Tensor, spatial_dims: int) -> Tensor:
-    """Return images in [0, 1] of ramps (..., *spatial): two values but for less than two voxels at the border."""
-    return (LEVEL + (ramps - LEVEL) * reach_of(tuple(ramps.shape[-spatial_dims:]))).clamp(0, 1)
+def grey_shares(images: Tensor) -> Tensor:
+    """Return (B, 2) of images (B, *spatial): which share of all voxels is grey and off the border, and of those within
+    one voxel of the border which share is grey. Of shapes the first is 0; the second says how soft their borders are.
+    """
+    dims = images.ndim - 1
+    distance = (ramp(images, dims) - LEVEL).abs() * 2 * reach_of(tuple(images.shape[1:]))
+    grey = (images > NEARLY) & (images < 1 - NEARLY)
+    border = distance < BESIDE
+    off, at = (v.flatten(1).sum(1) for v in (grey & (distance > OFF_BORDER), grey & border))
+    return torch.stack([off / grey[0].numel(), at / border.flatten(1).sum(1).clamp(min=1)], dim=1)
+
+
+def sharpened(ramps: Tensor, spatial_dims: int, level: float = LEVEL, width: float = 2.0) -> Tensor:
+    """Return images in [0, 1] of ramps (..., *spatial) cut at `level`: black and white, and grey along the border.
+
+    width: of the border, in voxels; at 0 there are two values.
+    """
+    if width <= 0:
+        return (ramps > level).to(ramps.dtype)
+    slope = 2 * reach_of(tuple(ramps.shape[-spatial_dims:])) / width
+    return (LEVEL + (ramps - level) * slope).clamp(0, 1)
 
 
 def _distance_to(voxels: Tensor, reach: int, spatial_dims: int) -> Tensor:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medvae.nets.linear import SHELLS
-from medvae.synth.texture import draw_image, draw_labels, draw_shape, explained_spectrum, make_texture, shape_level
+from medvae.synth.texture import (
+    Texture,
+    at_edges,
+    draw_image,
+    draw_labels,
+    draw_shape,
+    explained_spectrum,
+    make_texture,
+    shape_level,
+)
 from medvae.types import (
     ConditionValue,
     ImageSpace,
@@ -17,8 +27,11 @@ from medvae.types import (
     encode_conditions,
 )
 
-# Draws by which the level is found that shapes are cut at.
-LEVEL_DRAWS = 12
+if TYPE_CHECKING:
+    from medvae.nets.cvae import ConditionalVAE
+
+# Draws by which it is found how steep images are, and, fewer, at which level shapes are cut.
+DRAWS, LEVEL_DRAWS = 48, 12
 
 
 def spread_conditions(space: ImageSpace, count: int, seed: int) -> list[dict[str, ConditionValue]]:
@@ -64,19 +77,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     size = float(release.card["recipe"].get("sampling", {}).get("warp", 0.0))
-    texture = None
-    if model.linear is not None:
-        explained = explained_spectrum(model.linear.patterns().numpy(), space.spatial_shape, SHELLS)
-        texture = make_texture(
-            model.linear.spectrum.numpy(), explained, model.linear.contrast.numpy(), space.spatial_shape
-        )
-    shapes, level = model.linear is not None and bool(model.linear.two_valued), 0.0
-    if shapes and model.linear is not None:  # by draws of every class, whatever was asked for: the level is the model's
-        rows = [encode_conditions(space.conditions, row) for row in spread_conditions(space, LEVEL_DRAWS, seed)]
-        spread = torch.from_numpy(np.stack(rows))
-        mean = float(model.linear.expand(model.linear.mean_coefficients(spread))[:, 0].mean())
-        with torch.no_grad():
-            level = shape_level(model.draw(spread, generator)[:, 0].numpy(), mean, texture, rng)
+    texture, level, width = _appearance(model)
+    shapes = model.linear is not None and bool(model.linear.two_valued)
     images = np.empty((len(encoded), *space.spatial_shape), dtype=np.float32)
     masks = np.zeros(images.shape, dtype=np.uint8) if space.mask_labels else None
     names = np.asarray((0, *space.mask_labels), dtype=np.uint8)
@@ -87,7 +89,7 @@ def generate(
         for index, x in enumerate(decoded, start=start):
             labels = draw_labels(x[1:], texture, rng) if masks is not None else np.zeros(x.shape[1:], np.uint8)
             if shapes:
-                images[index] = draw_shape(x[0], texture, level, rng)
+                images[index] = draw_shape(x[0], texture, level, width, rng)
             else:
                 images[index] = draw_image(x[0], x[1:], labels, texture, rng)
             if masks is not None:
@@ -95,3 +97,28 @@ def generate(
         if progress is not None:
             progress(min(start + batch_size, len(encoded)), len(encoded))
     return SyntheticCohort(images, masks, tuple(dict(row) for row in conditions), space)
+
+
+def _appearance(model: ConditionalVAE) -> tuple[Texture | None, float, float]:
+    """Return the texture of a model's samples and, of shapes, the level that they are cut at and how wide a border is.
+
+    What has to be read off draws is read off the same ones whatever is asked for: it is the model's.
+    """
+    import torch
+
+    linear, space = model.linear, model.space
+    if linear is None:
+        return None, 0.0, 0.0
+    explained = explained_spectrum(linear.patterns().numpy(), space.spatial_shape, SHELLS)
+    texture = make_texture(linear.spectrum.numpy(), explained, linear.contrast.numpy(), space.spatial_shape)
+    if space.mask_labels:
+        return texture, 0.0, 0.0
+    shapes, count = bool(linear.two_valued), LEVEL_DRAWS if linear.two_valued else DRAWS
+    rows = [encode_conditions(space.conditions, row) for row in spread_conditions(space, count, seed=0)]
+    spread = torch.from_numpy(np.stack(rows))
+    with torch.no_grad():
+        draws = model.draw(spread, torch.Generator().manual_seed(0))[:, 0].numpy()
+    if not shapes:
+        return at_edges(texture, draws), 0.0, 0.0
+    mean = float(linear.expand(linear.mean_coefficients(spread))[:, 0].mean())
+    return texture, shape_level(draws, mean, texture, np.random.default_rng(0)), float(linear.border_width)

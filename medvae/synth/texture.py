@@ -5,8 +5,8 @@ everything the code does not know. Fields with the released spectrum give the re
 
     mask    voxel is foreground where g < Phi^-1(p), with g a unit Gaussian field: every voxel keeps its probability p,
             and neighbours agree as far as the field is smooth (a Gaussian copula)
-    image   mean + regression on the drawn mask + a field with what is left of the spectrum; where the cohort's images
-            are shapes, every voxel 0 or 1, their ramp is drawn so, and cut at one level
+    image   mean + regression on the drawn mask + a field with what is left of the spectrum, at edges where there are no
+            masks; where the cohort's images are shapes, black and white, their ramp is drawn so, and cut at one level
 
 Where the budget showed a mean alone there is no spectrum of the masks: their shape is then the mean's level set, and
 the image is made-up tissue on its mean. Spectrum and mean are differentially private outputs of the closed-form stage,
@@ -15,7 +15,7 @@ so all of this is post-processing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from scipy.fft import idctn
 from scipy.special import ndtri
 
 from medvae.nets.linear import shells
-from medvae.nets.shape import ramp
+from medvae.nets.shape import ramp, sharpened
 
 Array = npt.NDArray[np.float32]
 Matrices = npt.NDArray[np.float64]
@@ -39,8 +39,9 @@ SURE = 0.995
 SMOOTH = 0.1
 # Between which levels that of shapes is sought, and in how many steps.
 LEVELS, HALVINGS = (0.2, 0.8), 8
-# Share of the leftover amplitude that is drawn: the rest of it is edges that moved, which a field would draw as grain.
-FINE = 0.5
+# Share of the leftover amplitude that is drawn, where it lies everywhere and where it lies at edges: the rest of it is
+# edges that moved, which a field would draw as grain.
+FINE, FINE_AT_EDGES = 0.5, 0.8
 # Made-up tissue: how many kinds, how they differ from each other in grey level and within themselves, and the scale of
 # their borders in half-cycles a field of view.
 KINDS, BETWEEN, WITHIN, BORDERS = 6, 0.25, 0.06, 8.0
@@ -54,6 +55,7 @@ class Texture:
     mask: Matrices  # (SHELLS, M): amplitude of one coefficient of each mask's unit field
     image: Matrices  # (SHELLS,): amplitude of one coefficient of the image's field
     slope: Matrices  # (M,): how much brighter the image is inside each mask than its probability made the mean
+    steepness: float = 0.0  # root mean square of `_edges` over draws; above 0, the image's field lies at edges
 
 
 def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
@@ -72,7 +74,19 @@ def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_sha
     power = np.maximum(np.einsum("sii->si", masks), 0.0) * _low_pass(spatial_shape, shell, len(left), SMOOTH)[:, None]
     total = (power * count[:, None]).sum(0) / shell.size
     unit = np.sqrt(power / np.where(total > 0, total, 1.0))
-    return Texture(shell, unit, FINE * np.sqrt(np.maximum(given, 0.0)), slope)
+    return Texture(shell, unit, np.sqrt(np.maximum(given, 0.0)), slope)
+
+
+def at_edges(texture: Texture | None, draws: Array) -> Texture | None:
+    """Return the texture with its image's field where a decoded image is steep, as much as it is: for images alone.
+
+    draws: (N, *spatial), decoded, by which the spectrum is kept on average. What a decoder leaves over is at edges, and
+    flat images have little of it. Beside masks it would show a segmentation the labels by their grain.
+    """
+    if texture is None:
+        return None
+    steepness = float(np.sqrt(np.mean([np.square(_edges(x)).mean() for x in draws])))
+    return replace(texture, steepness=steepness)
 
 
 def shape_level(ramps: Array, wanted: float, texture: Texture | None, rng: np.random.Generator) -> float:
@@ -154,9 +168,13 @@ def _tissue(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.asarray(levels[np.argmax(fields, axis=0)] + grain * (WITHIN / grain.std()), dtype=np.float32)
 
 
-def draw_shape(mean: Array, texture: Texture | None, level: float, rng: np.random.Generator) -> Array:
-    """Return an image (*spatial) of zeros and ones: where a ramp with this mean lies above `level`."""
-    return np.asarray(_with_field(mean, texture, rng) > level, dtype=np.float32)
+def draw_shape(mean: Array, texture: Texture | None, level: float, width: float, rng: np.random.Generator) -> Array:
+    """Return an image (*spatial) of a shape: white where a ramp with this mean lies above `level`.
+
+    Its border is `width` voxels wide; at 0 every voxel is 0 or 1.
+    """
+    drawn = torch.from_numpy(_with_field(mean, texture, rng))
+    return np.asarray(sharpened(drawn, drawn.ndim, level, width).numpy(), dtype=np.float32)
 
 
 def _with_field(mean: Array, texture: Texture | None, rng: np.random.Generator) -> Array:
@@ -166,8 +184,23 @@ def _with_field(mean: Array, texture: Texture | None, rng: np.random.Generator) 
     """
     if texture is None:
         return mean
-    room = np.clip(mean, 0, 1) * (1 - np.clip(mean, 0, 1))
-    return np.asarray(mean + _field(texture.image, texture, rng) * np.sqrt(room / max(float(room.mean()), 1e-6)))
+    field = _field(texture.image, texture, rng)
+    if texture.steepness > 0:
+        return np.asarray(mean + FINE_AT_EDGES * field * _edges(mean) / texture.steepness, dtype=np.float32)
+    room = _room(mean)
+    return np.asarray(mean + FINE * field * np.sqrt(room / max(float(room.mean()), 1e-6)), dtype=np.float32)
+
+
+def _room(mean: Array) -> Array:
+    """Return the most that values in [0, 1] with these means can vary."""
+    inside = np.clip(mean, 0, 1)
+    return np.asarray(inside * (1 - inside))
+
+
+def _edges(mean: Array) -> Array:
+    """Return how steep an image (*spatial) is at each voxel, times the room that its values leave."""
+    slopes = [np.square(np.gradient(mean, axis=axis)) for axis in range(mean.ndim)]
+    return np.asarray(np.sqrt(np.add.reduce(slopes) * _room(mean)))
 
 
 def draw_image(

@@ -31,6 +31,7 @@ from torch import Tensor
 from medvae.dp.noise import NoiseSource
 from medvae.nets.linear import SHELLS, LinearPart, design, design_norm, design_width, shells
 from medvae.nets.mixture import MixtureShapes
+from medvae.nets.shape import grey_shares
 from medvae.synth.warp import move, paired_warps
 from medvae.train import noisy_sums
 from medvae.train.denoise import (
@@ -59,8 +60,11 @@ PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER = 0.4, 0.5, 4.0
 # Weight of the image in all norms where there are masks: what a segmentation learns from is the masks. A mean alone
 # shows its masks well enough, and gets the image at full weight: docs/quality.md.
 IMAGE_WEIGHT = 0.5
-# Share of the first release that says how grey images are; they count as two-valued below this.
-GREY_WEIGHT, TWO_VALUED = 0.5, 0.3
+# Weights in the first release of how grey images are off borders and at them; below which share off borders they count
+# as shapes, and how many voxels a border is wide that is all grey from one voxel outside to one inside.
+GREY_WEIGHTS, TWO_VALUED, ALL_GREY = (0.4, 0.3), 0.15, 2.0
+# What is below so many standard deviations of its noise counts as not seen.
+SEEN = 3.0
 # A mean alone clips nearly every scan, at this share of the typical norm: a clip that some stay under is longer than
 # theirs, and its noise with it.
 TIGHT = 0.8
@@ -72,12 +76,6 @@ LENGTHEN = 2.0
 # How a release splits its unit of sensitivity between its parts (squares add to 1).
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
-
-
-def greyness(images: Tensor) -> Tensor:
-    """Return how far images (B, *spatial) are from being two-valued: 4 sum x (1 - x) / sum x, in [0, 1]."""
-    x = images.flatten(1).double().clamp(0, 1)
-    return (4 * (x * (1 - x)).sum(1) / x.sum(1).clamp(min=1e-6)).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -264,21 +262,22 @@ def _norms(fit: _Fit) -> None:
         fit.length = fit.radius
         return
     low = fit.coarse if not fit.shapes.mean_alone else ...
-    weight = GREY_WEIGHT if fit.shapes.two_valued is None and not fit.space.mask_labels else 0.0
-    rest = (1 - weight**2) ** 0.5
+    asked = fit.shapes.two_valued is not False and not fit.space.mask_labels
+    weights = torch.tensor(GREY_WEIGHTS if asked else (0.0, 0.0))
+    rest = (1 - float(weights.square().sum())) ** 0.5
 
     def contribution(batch: Batch) -> Tensor:
-        if not weight:
+        if not asked:
             buckets: Tensor = fit.buckets(fit.residual(batch)[low], fit.edges)
             return buckets
         x = torch.from_numpy(batch.x)
-        grey = greyness(fit.full.pixels(x)[:, 0])
+        grey = grey_shares(fit.full.pixels(x)[:, 0])
         # The clip is for what is summed next: the norm of a scan that looks like a shape is its ramp's.
-        looks = grey < TWO_VALUED
+        looks = grey[:, 0] < TWO_VALUED
         x = x.clone()
         x[looks] = fit.as_shapes.levels(x[looks])
         buckets = fit.buckets(fit.residual(batch._replace(x=x.numpy()))[low], fit.edges)
-        return torch.cat([buckets * rest, grey[:, None] * weight], dim=1)
+        return torch.cat([buckets * rest, grey * weights], dim=1)
 
     released, noise_sd = fit.release("norms", contribution), fit.noise_multipliers["norms"]
     histogram = released[: len(fit.edges) + 1] / rest
@@ -287,9 +286,11 @@ def _norms(fit: _Fit) -> None:
         fit.radius = TIGHT * fit.length
     else:
         fit.radius = radius_of(histogram, fit.elements, noise_sd / rest, fit.edges)
-    if weight:
-        grey, unsure = (float(v) / weight / fit.count for v in (released[-1], noise_sd))
-        fit.part.two_valued.fill_(unsure < TWO_VALUED / 3 and grey < TWO_VALUED)
+    if asked:
+        (off, at), noise = released[-2:] / GREY_WEIGHTS / fit.count, noise_sd / np.asarray(GREY_WEIGHTS) / fit.count
+        if fit.shapes.two_valued is None:
+            fit.part.two_valued.fill_(SEEN * noise[0] < TWO_VALUED and off < TWO_VALUED)
+        fit.part.border_width.fill_(ALL_GREY * min(at, 1.0) if at > SEEN * noise[1] else 0.0)
 
 
 def _centre(fit: _Fit) -> None:

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 from medvae.nets.linear import LinearPart
-from medvae.nets.shape import LEVEL, ramp, reach_of, sharpened
+from medvae.nets.shape import LEVEL, grey_shares, ramp, reach_of, sharpened
 from medvae.types import ImageSpace, Intensity
 
 
@@ -38,6 +38,29 @@ def test_an_image_without_a_border_is_far_from_it(value):
 def test_sharpened_ramps_are_the_images_again():
     images = torch.from_numpy(blobs((32, 24, 40)))
     torch.testing.assert_close(sharpened(ramp(images, 3), 3), images)
+
+
+@pytest.mark.parametrize("shape", [(48, 40), (16, 20, 24)])
+def test_grey_off_the_border_tells_images_from_shapes_and_at_it_how_soft_they_are(shape):
+    place = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
+    inside = [radius - np.linalg.norm(place - np.asarray(shape) / 2 + 0.3, axis=-1) for radius in (4.2, 5.0, 6.7)]
+    for width, low, high in ((0.0, 0.0, 0.0), (1.0, 0.35, 0.6), (1.5, 0.55, 0.85)):
+        soft = np.clip(0.5 + np.stack(inside) / max(width, 1e-9), 0, 1).astype(np.float32)
+        off, at = grey_shares(torch.from_numpy(soft)).mean(0).tolist()
+        assert off < 0.01
+        assert low <= at <= high
+    fields = np.stack([ndimage.gaussian_filter(np.random.default_rng(s).standard_normal(shape), 2) for s in range(3)])
+    grey = torch.from_numpy((0.5 + 0.1 * fields / fields.std()).clip(0, 1).astype(np.float32))
+    assert float(grey_shares(grey)[:, 0].min()) > 0.3
+    assert bool((grey_shares(torch.zeros(1, *shape)) == 0).all())
+
+
+def test_borders_are_as_wide_as_asked():
+    ramps = torch.linspace(0, 1, 41)[None].expand(33, 41)  # rises by 1 over 40 voxels, and by 1 / 4 a voxel as a ramp
+    for width in (0.0, 1.0, 4.0):
+        made = sharpened(ramps, 2, width=width)
+        between = ((made > 0) & (made < 1)).float().sum(1).max()
+        assert abs(float(between) - 10 * width) <= 1
 
 
 def test_an_attack_finds_a_gradient_through_a_ramp():

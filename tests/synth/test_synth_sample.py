@@ -13,10 +13,11 @@ from medvae.config import ModelConfig, MomentsConfig, Recipe, SamplingConfig
 from medvae.errors import InputError, RunError
 from medvae.nets.build import build_model, make_card, state_arrays
 from medvae.nets.linear import SHELLS, shells
+from medvae.nets.shape import grey_shares
 from medvae.synth.phantom import make_phantom
 from medvae.synth.sample import generate, spread_conditions
 from medvae.synth.store import read_release, write_release
-from medvae.synth.texture import draw_image, draw_labels, make_texture
+from medvae.synth.texture import at_edges, draw_image, draw_labels, make_texture
 from medvae.types import Condition, ImageSpace, Intensity, ModelRelease
 
 SPACE = ImageSpace(
@@ -145,6 +146,34 @@ def test_a_model_of_shapes_makes_images_of_two_values_and_of_the_released_spectr
     assert 0.5 * np.abs(share - expected).sum() < 0.2
     grey, _ = released_shapes(two_valued=False)
     assert len(np.unique(generate(grey, [{}], seed=0).images)) > 100
+
+
+def test_shapes_with_soft_borders_are_sampled_so():
+    release, _ = released_shapes(two_valued=True)
+    release.weights["linear.border_width"] = np.asarray(2.0, dtype=np.float32)
+    off, at = grey_shares(torch.from_numpy(generate(release, [{}] * 8, seed=0).images)).mean(0).tolist()
+    assert off < 0.02
+    assert at > 0.5
+
+
+def test_texture_lies_at_edges_and_keeps_the_released_power():
+    rng = np.random.default_rng(0)
+    spectrum = np.zeros((SHELLS, 1, 1), np.float32)
+    spectrum[4:, 0, 0] = 0.002
+    y = np.linspace(0, 1, 48, dtype=np.float32)
+    draws = [
+        np.broadcast_to(0.5 + a * np.tanh(20 * (y - 0.5))[:, None], (48, 48)).astype(np.float32) for a in (0.1, 0.3)
+    ]
+    texture = at_edges(make_texture(spectrum, np.zeros_like(spectrum), np.zeros(0), (48, 48)), np.stack(draws))
+    nothing, labels = np.zeros((0, 48, 48), np.float32), np.zeros((48, 48), np.uint8)
+    power = [
+        np.mean([np.square(draw_image(mean, nothing, labels, texture, rng) - mean) for _ in range(40)], axis=0)
+        for mean in draws
+    ]
+    released = float((spectrum[:, 0, 0] * np.bincount(shells((48, 48)).ravel(), minlength=SHELLS)).sum()) / 48**2
+    assert abs(np.mean(power) / (0.8**2 * released) - 1) < 0.1
+    assert power[1][22:26].mean() > 100 * power[1][:8].mean()
+    assert power[1].mean() > 4 * power[0].mean()
 
 
 def test_where_a_mean_alone_was_released_labels_are_its_level_set_and_tissue_is_made_up():

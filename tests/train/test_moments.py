@@ -281,8 +281,8 @@ def test_shapes_are_summed_as_ramps_and_varied_where_they_are():
     assert abs(np.corrcoef(codes, source.x.sum((1, 2, 3)))[0, 1]) > 0.95
 
 
-def test_shapes_that_are_declared_are_not_asked_for():
-    """Where the noise hides it, the user's word stands: no part of a release is spent on the question."""
+def test_the_users_word_on_shapes_stands_where_noise_hides_them():
+    """Declared shapes are asked for their borders alone; where it is denied, no part of a release is spent on it."""
     noise = dict.fromkeys(SHAPES.releases, 100.0)
     widths = {}
     original = noisy_sums.noisy_sum
@@ -299,8 +299,25 @@ def test_shapes_that_are_declared_are_not_asked_for():
             shapes = replace(SHAPES, two_valued=declared, functions=9)
             part = fit_moments(source, np.arange(40), noise, shapes, noise=seeded_noise(0))
             assert bool(part.two_valued) is (declared is True)
+            assert float(part.border_width) == 0
     asked, told, denied = widths["norms"]
-    assert asked == told + 1 == denied + 1
+    assert asked == told == denied + 2
+
+
+@pytest.mark.parametrize(("width", "sigma"), [(1.2, 1.0), (0.0, 1.0), (1.2, 200.0)])
+def test_how_soft_borders_are_is_released_or_taken_as_sharp(width, sigma):
+    source = shapes_of(400, 0.0)
+    if width:
+        y, x = np.mgrid[:12, :10]
+        radius = np.random.default_rng(0).uniform(2, 4, 400)[:, None, None]  # those of `shapes_of`
+        inside = radius - np.hypot(y - 5.5, x - 4.5)
+        source.x = np.clip(0.5 + inside / width, 0, 1).astype(np.float32)[:, None]
+    noise = {**dict.fromkeys(SHAPES.releases, 1.0), "norms": sigma}
+    shapes = replace(SHAPES, two_valued=True, functions=9)
+    part = fit_moments(source, np.arange(400), noise, shapes, noise=seeded_noise(3))
+    expected = width if sigma == 1.0 else 0.0
+    assert abs(float(part.border_width) - expected) < 0.35
+    assert bool(part.border_width) == bool(expected)
 
 
 def test_the_answer_follows_the_released_number_and_not_the_scans(monkeypatch):
@@ -309,7 +326,7 @@ def test_the_answer_follows_the_released_number_and_not_the_scans(monkeypatch):
     def planted(*args):
         out = original(*args)
         if args[4] == "norms":
-            out[-1] = 400.0
+            out[-2] = 400.0
         return out
 
     monkeypatch.setattr(noisy_sums, "noisy_sum", planted)
