@@ -54,15 +54,15 @@ def grey_shares(images: Tensor) -> Tensor:
     return torch.stack([off / grey[0].numel(), at / border.flatten(1).sum(1).clamp(min=1)], dim=1)
 
 
-def sharpened(ramps: Tensor, spatial_dims: int, level: float = LEVEL, width: float = 2.0) -> Tensor:
-    """Return images in [0, 1] of ramps (..., *spatial) cut at `level`: black and white, and grey along the border.
+def sharpened(ramps: Tensor, spatial_dims: int, width: float = 2.0) -> Tensor:
+    """Return images in [0, 1] of ramps (..., *spatial): black and white, and grey along the border.
 
     width: of the border, in voxels; at 0 there are two values.
     """
     if width <= 0:
-        return (ramps > level).to(ramps.dtype)
+        return (ramps > LEVEL).to(ramps.dtype)
     slope = 2 * reach_of(tuple(ramps.shape[-spatial_dims:])) / width
-    return (LEVEL + (ramps - level) * slope).clamp(0, 1)
+    return (LEVEL + (ramps - LEVEL) * slope).clamp(0, 1)
 
 
 def _distance_to(voxels: Tensor, reach: int, spatial_dims: int) -> Tensor:

@@ -9,14 +9,15 @@ import numpy as np
 
 from medvae.nets.linear import SHELLS
 from medvae.synth.texture import (
+    ShapeLook,
     Texture,
     at_edges,
+    common_level,
     draw_image,
     draw_labels,
-    draw_shape,
+    draw_shapes,
     explained_spectrum,
     make_texture,
-    shape_level,
 )
 from medvae.types import (
     ConditionValue,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from medvae.nets.cvae import ConditionalVAE
 
 # Draws by which it is found how steep images are, and, fewer, at which level shapes are cut.
-DRAWS, LEVEL_DRAWS = 48, 12
+DRAWS = (48, 12)
 
 
 def spread_conditions(space: ImageSpace, count: int, seed: int) -> list[dict[str, ConditionValue]]:
@@ -77,8 +78,7 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     size = float(release.card["recipe"].get("sampling", {}).get("warp", 0.0))
-    texture, level, width = _appearance(model)
-    shapes = model.linear is not None and bool(model.linear.two_valued)
+    texture, shapes = _appearance(model)
     images = np.empty((len(encoded), *space.spatial_shape), dtype=np.float32)
     masks = np.zeros(images.shape, dtype=np.uint8) if space.mask_labels else None
     names = np.asarray((0, *space.mask_labels), dtype=np.uint8)
@@ -86,21 +86,21 @@ def generate(
         condition = torch.from_numpy(encoded[start : start + batch_size])
         with torch.no_grad():
             decoded = warp(model.draw(condition, generator), size, generator).numpy()
-        for index, x in enumerate(decoded, start=start):
-            labels = draw_labels(x[1:], texture, rng) if masks is not None else np.zeros(x.shape[1:], np.uint8)
-            if shapes:
-                images[index] = draw_shape(x[0], texture, level, width, rng)
-            else:
+        if shapes is not None:
+            images[start : start + batch_size] = draw_shapes(decoded[:, 0], texture, shapes, rng)
+        else:
+            for index, x in enumerate(decoded, start=start):
+                labels = draw_labels(x[1:], texture, rng) if masks is not None else np.zeros(x.shape[1:], np.uint8)
                 images[index] = draw_image(x[0], x[1:], labels, texture, rng)
-            if masks is not None:
-                masks[index] = names[labels]
+                if masks is not None:
+                    masks[index] = names[labels]
         if progress is not None:
             progress(min(start + batch_size, len(encoded)), len(encoded))
     return SyntheticCohort(images, masks, tuple(dict(row) for row in conditions), space)
 
 
-def _appearance(model: ConditionalVAE) -> tuple[Texture | None, float, float]:
-    """Return the texture of a model's samples and, of shapes, the level that they are cut at and how wide a border is.
+def _appearance(model: ConditionalVAE) -> tuple[Texture | None, ShapeLook | None]:
+    """Return the texture of a model's samples, and how shapes look where it is one of shapes.
 
     What has to be read off draws is read off the same ones whatever is asked for: it is the model's.
     """
@@ -108,17 +108,20 @@ def _appearance(model: ConditionalVAE) -> tuple[Texture | None, float, float]:
 
     linear, space = model.linear, model.space
     if linear is None:
-        return None, 0.0, 0.0
+        return None, None
     explained = explained_spectrum(linear.patterns().numpy(), space.spatial_shape, SHELLS)
     texture = make_texture(linear.spectrum.numpy(), explained, linear.contrast.numpy(), space.spatial_shape)
     if space.mask_labels:
-        return texture, 0.0, 0.0
-    shapes, count = bool(linear.two_valued), LEVEL_DRAWS if linear.two_valued else DRAWS
-    rows = [encode_conditions(space.conditions, row) for row in spread_conditions(space, count, seed=0)]
+        return texture, None
+    shapes = bool(linear.two_valued)
+    if shapes and linear.mixture is not None:  # it tells how much of a shape there is; a few directions say too little
+        return texture, ShapeLook(float(linear.border_width))
+    rows = [encode_conditions(space.conditions, row) for row in spread_conditions(space, DRAWS[shapes], seed=0)]
     spread = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
         draws = model.draw(spread, torch.Generator().manual_seed(0))[:, 0].numpy()
     if not shapes:
-        return at_edges(texture, draws), 0.0, 0.0
-    mean = float(linear.expand(linear.mean_coefficients(spread))[:, 0].mean())
-    return texture, shape_level(draws, mean, texture, np.random.default_rng(0)), float(linear.border_width)
+        return at_edges(texture, draws), None
+    released = float(linear.expand(linear.mean_coefficients(spread))[:, 0].mean())
+    level = common_level(draws, texture, released, np.random.default_rng(0))
+    return texture, ShapeLook(float(linear.border_width), level)

@@ -23,9 +23,10 @@ import torch
 from scipy import ndimage
 from scipy.fft import idctn
 from scipy.special import ndtri
+from torch import Tensor
 
 from medvae.nets.linear import shells
-from medvae.nets.shape import ramp, sharpened
+from medvae.nets.shape import LEVEL, ramp, sharpened
 
 Array = npt.NDArray[np.float32]
 Matrices = npt.NDArray[np.float64]
@@ -38,7 +39,7 @@ SURE = 0.995
 # Frequency, as a share of the finest that the grid can hold, from which on a mask's field has no power left.
 SMOOTH = 0.1
 # Between which levels that of shapes is sought, and in how many steps.
-LEVELS, HALVINGS = (0.2, 0.8), 8
+LEVELS, HALVINGS = (0.15, 0.8), 7
 # Share of the leftover amplitude that is drawn, where it lies everywhere and where it lies at edges: the rest of it is
 # edges that moved, which a field would draw as grain.
 FINE, FINE_AT_EDGES = 0.5, 0.8
@@ -56,6 +57,14 @@ class Texture:
     image: Matrices  # (SHELLS,): amplitude of one coefficient of the image's field
     slope: Matrices  # (M,): how much brighter the image is inside each mask than its probability made the mean
     steepness: float = 0.0  # root mean square of `_edges` over draws; above 0, the image's field lies at edges
+
+
+@dataclass(frozen=True)
+class ShapeLook:
+    """How shapes are cut out of ramps: how many voxels wide a border is, and at which level, or each at its own."""
+
+    width: float
+    level: float | None = None
 
 
 def make_texture(spectrum: Array, explained: Array, contrast: Array, spatial_shape: tuple[int, ...]) -> Texture | None:
@@ -87,19 +96,6 @@ def at_edges(texture: Texture | None, draws: Array) -> Texture | None:
         return None
     steepness = float(np.sqrt(np.mean([np.square(_edges(x)).mean() for x in draws])))
     return replace(texture, steepness=steepness)
-
-
-def shape_level(ramps: Array, wanted: float, texture: Texture | None, rng: np.random.Generator) -> float:
-    """Return the level at which draws (N, *spatial) of ramps are cut, so that the shapes' own ramps have mean `wanted`.
-
-    A sum of few patterns is flatter than a ramp is, and cut at the border's own level it would lose what is thin.
-    """
-    drawn, (low, high) = [_with_field(mean, texture, rng) for mean in ramps], LEVELS
-    for _ in range(HALVINGS):
-        level = (low + high) / 2
-        cut = torch.from_numpy(np.stack([d > level for d in drawn]).astype(np.float32))
-        low, high = (level, high) if float(ramp(cut, cut.ndim - 1).mean()) > wanted else (low, level)
-    return (low + high) / 2
 
 
 def _low_pass(spatial_shape: tuple[int, ...], shell: npt.NDArray[np.int64], count: int, smooth: float) -> Matrices:
@@ -168,13 +164,39 @@ def _tissue(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     return np.asarray(levels[np.argmax(fields, axis=0)] + grain * (WITHIN / grain.std()), dtype=np.float32)
 
 
-def draw_shape(mean: Array, texture: Texture | None, level: float, width: float, rng: np.random.Generator) -> Array:
-    """Return an image (*spatial) of a shape: white where a ramp with this mean lies above `level`.
+def draw_shapes(means: Array, texture: Texture | None, look: ShapeLook, rng: np.random.Generator) -> Array:
+    """Return images (N, *spatial) of shapes: white where ramps with these means lie above a level, at 0 elsewhere.
 
-    Its border is `width` voxels wide; at 0 every voxel is 0 or 1.
+    Without a level of the look, each is cut at its own, at which the shape's ramp has the drawn one's sum.
     """
-    drawn = torch.from_numpy(_with_field(mean, texture, rng))
-    return np.asarray(sharpened(drawn, drawn.ndim, level, width).numpy(), dtype=np.float32)
+    dims = means.ndim - 1
+    drawn = torch.from_numpy(np.stack([_with_field(mean, texture, rng) for mean in means]))
+    if look.level is None:
+        drawn = drawn + LEVEL - _level(drawn, torch.from_numpy(means).flatten(1).mean(1)).view(-1, *[1] * dims)
+    else:
+        drawn = drawn + LEVEL - look.level
+    return np.asarray(sharpened(drawn, dims, look.width).numpy(), dtype=np.float32)
+
+
+def common_level(draws: Array, texture: Texture | None, wanted: float, rng: np.random.Generator) -> float:
+    """Return the level at which ramps (N, *spatial) are cut, so that the ramps of all shapes have mean `wanted`."""
+    drawn = torch.from_numpy(np.stack([_with_field(mean, texture, rng) for mean in draws]))
+    return float(_level(drawn, torch.tensor([wanted])))
+
+
+def _level(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """Return the level (N,), or (1,) for all together, at which shapes cut out of ramps have ramps with mean `wanted`.
+
+    A sum of few patterns is flatter than a ramp is, and cut at the border's own level it would lose what is thin.
+    """
+    low, high = (torch.full_like(wanted, bound) for bound in LEVELS)
+    for _ in range(HALVINGS):
+        level = (low + high) / 2
+        shapes = drawn > level.view(-1, *[1] * (drawn.ndim - 1))
+        found = ramp(shapes.to(drawn.dtype), drawn.ndim - 1).flatten(1).mean(1)
+        found = found if len(wanted) == len(drawn) else found.mean(0, keepdim=True)
+        low, high = torch.where(found > wanted, level, low), torch.where(found > wanted, high, level)
+    return (low + high) / 2
 
 
 def _with_field(mean: Array, texture: Texture | None, rng: np.random.Generator) -> Array:

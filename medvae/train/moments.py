@@ -61,8 +61,9 @@ PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER = 0.4, 0.5, 4.0
 # shows its masks well enough, and gets the image at full weight: docs/quality.md.
 IMAGE_WEIGHT = 0.5
 # Weights in the first release of how grey images are off borders and at them; below which share off borders they count
-# as shapes, and how many voxels a border is wide that is all grey from one voxel outside to one inside.
-GREY_WEIGHTS, TWO_VALUED, ALL_GREY = (0.4, 0.3), 0.15, 2.0
+# as shapes. All grey at their borders, samples get borders so many voxels wide: they fill two, but classifiers learn a
+# little more from softer ones (docs/quality.md).
+GREY_WEIGHTS, TWO_VALUED, ALL_GREY = (0.4, 0.3), 0.15, 3.0
 # What is below so many standard deviations of its noise counts as not seen.
 SEEN = 3.0
 # A mean alone clips nearly every scan, at this share of the typical norm: a clip that some stay under is longer than

@@ -7,17 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.fft import dctn
 
 from medvae.config import ModelConfig, MomentsConfig, Recipe, SamplingConfig
 from medvae.errors import InputError, RunError
 from medvae.nets.build import build_model, make_card, state_arrays
 from medvae.nets.linear import SHELLS, shells
-from medvae.nets.shape import grey_shares
+from medvae.nets.shape import grey_shares, ramp
 from medvae.synth.phantom import make_phantom
 from medvae.synth.sample import generate, spread_conditions
 from medvae.synth.store import read_release, write_release
-from medvae.synth.texture import at_edges, draw_image, draw_labels, make_texture
+from medvae.synth.texture import ShapeLook, at_edges, draw_image, draw_labels, draw_shapes, make_texture
 from medvae.types import Condition, ImageSpace, Intensity, ModelRelease
 
 SPACE = ImageSpace(
@@ -154,6 +155,20 @@ def test_shapes_with_soft_borders_are_sampled_so():
     off, at = grey_shares(torch.from_numpy(generate(release, [{}] * 8, seed=0).images)).mean(0).tolist()
     assert off < 0.02
     assert at > 0.5
+
+
+@pytest.mark.parametrize("level", [None, 0.5])
+def test_each_shape_is_cut_where_its_ramp_has_the_drawn_sum(level):
+    """Thin rings among thick ones, drawn too flat: at the border's level the thin are lost."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    rings = [(np.abs(np.hypot(y, x) - 9) < half) for half in (0.9, 1.5, 2.5, 4.0)]
+    ramps = ramp(torch.from_numpy(np.stack(rings).astype(np.float32)), 2)
+    drawn = np.stack([ndimage.gaussian_filter(r, 1.5) for r in ramps.numpy()])
+    made = draw_shapes(drawn, None, ShapeLook(0.0, level), np.random.default_rng(0))
+    found = ramp(torch.from_numpy(made), 2).mean((1, 2)).numpy()
+    off = np.abs(found / drawn.mean((1, 2)) - 1)
+    assert bool(off.max() < 0.1) is (level is None)
+    assert bool(made[0].sum() > 0.5 * rings[0].sum()) is (level is None)
 
 
 def test_texture_lies_at_edges_and_keeps_the_released_power():
