@@ -14,7 +14,7 @@ from medvae.dp.goal import goal_of
 from medvae.dp.staging import DPSGD, TRAINED, plan_stages
 from medvae.errors import ConfigError
 from medvae.nets.build import build_model, mixture_shapes
-from medvae.train.moments import MomentShapes
+from medvae.train.moment_shapes import MomentShapes
 from medvae.train.rule import moment_shares, resolve
 from medvae.train.stages import check_stages, prior_shares, trained_stages
 from medvae.types import ImageSpace, Mechanism, PrivacyPlan

@@ -12,7 +12,7 @@ from medvae.errors import ConfigError
 from medvae.nets.blocks import level_sizes
 from medvae.nets.mixture import cell_count
 from medvae.train.mixture import release_names
-from medvae.train.moments import ALONE, CLIP_RELEASES
+from medvae.train.moment_shapes import ALONE, CLIP_RELEASES
 from medvae.train.norms import COARSE_EDGES, RMS_EDGES
 from medvae.types import ImageSpace
 

@@ -17,7 +17,8 @@ from medvae.nets.linear import LinearPart, cosine_matrix
 from medvae.nets.mixture import MixturePart, MixtureShapes, cell_count, cell_of
 from medvae.train import mixture, noisy_sums
 from medvae.train.mixture import Grouped, release_names
-from medvae.train.moments import MomentShapes, fit_moments
+from medvae.train.moment_shapes import MomentShapes
+from medvae.train.moments import fit_moments
 from medvae.train.noisy_sums import grouped_sum
 from medvae.train.planning import make_plan, moment_shapes
 from medvae.types import Batch, Condition, ImageSpace, Intensity

@@ -16,7 +16,8 @@ from medvae.nets.mixture import MixtureShapes
 from medvae.nets.shape import ramp
 from medvae.synth.phantom import make_phantom
 from medvae.train import denoise, noisy_sums
-from medvae.train.moments import RELEASES, MomentShapes, fit_moments
+from medvae.train.moment_shapes import RELEASES, MomentShapes
+from medvae.train.moments import fit_moments
 from medvae.train.noisy_sums import Pass, clip_rows, noisy_sum, patient_average
 from medvae.train.norms import COARSE_EDGES, typical_norm
 from medvae.train.occupancy import smooth_occupancy

@@ -30,7 +30,7 @@ from medvae.nets.teacher import Teacher
 from medvae.schemas import problem
 from medvae.synth.sample import generate, spread_conditions
 from medvae.synth.store import read_release
-from medvae.train import moments, noisy_sums, stages
+from medvae.train import moment_shapes, noisy_sums, stages
 from medvae.train.loop import make_engine
 from medvae.train.noisy_sums import noisy_sum
 from medvae.train.planning import TrainPlan, make_plan
@@ -190,14 +190,16 @@ def test_the_total_is_the_composition_of_all_events_by_two_accountants(
     changes: dict[str, Any], names: list[str], epsilon: float
 ) -> None:
     plan = make_plan(500, SPACE, config_with(changes, dp_epsilon=epsilon)).privacy
-    assert [m.name for m in plan.mechanisms if m.name not in moments.RELEASES] == names
+    assert [m.name for m in plan.mechanisms if m.name not in moment_shapes.RELEASES] == names
     found = agree(plan.mechanisms, plan.delta)
     assert found.ok
     assert found.pld == plan.epsilon
     assert 0.985 * epsilon <= plan.epsilon <= epsilon
 
 
-@pytest.mark.parametrize(("epsilon", "names"), [(0.5, ("means",)), (1.0, moments.ALONE), (8.0, moments.RELEASES)])
+@pytest.mark.parametrize(
+    ("epsilon", "names"), [(0.5, ("means",)), (1.0, moment_shapes.ALONE), (8.0, moment_shapes.RELEASES)]
+)
 def test_so_does_the_total_of_a_tiny_cohort(epsilon: float, names: tuple[str, ...]) -> None:
     """100 patients: the fewer releases there are, the more of the budget each has, and all of it is spent."""
     plan = make_plan(100, SPACE, build(TrainConfig, dp_epsilon=epsilon)).privacy
