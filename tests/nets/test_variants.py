@@ -14,7 +14,7 @@ from medvae.nets.cvae import ConditionalVAE
 from medvae.train.engine.memory import Limits
 from medvae.train.engine.module import BookkeepingSampler
 from medvae.train.engine.tuner import Tuner
-from medvae.train.gradient import FunctorchSampler, PlainSampler
+from medvae.train.gradient import ROUNDING_MARGIN, FunctorchSampler, PlainSampler
 from medvae.train.rule import resolve
 from medvae.types import Batch, Condition, ImageSpace, Intensity, ModelRelease
 
@@ -78,7 +78,7 @@ def batch(model: ConditionalVAE, lengths: tuple[int, ...]) -> tuple[Batch, Tenso
 def clipped_by_definition(
     model: ConditionalVAE, made: Batch, latent: Tensor, bound: float
 ) -> tuple[Tensor, list[float]]:
-    """One plain backward a patient, one norm over all parameters, clip, sum."""
+    """One plain backward a patient, one norm over all parameters, clip at the bound less its margin, sum."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     total, norms = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64), []
     for patient in sorted(set(made.patient.tolist())):
@@ -88,7 +88,7 @@ def clipped_by_definition(
         flat = [torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(found, parameters, strict=True)]
         gradient = torch.cat(flat).double()
         norms.append(float(gradient.norm()))
-        total += gradient * min(1.0, bound / norms[-1])
+        total += gradient * min(1.0, bound * (1 - ROUNDING_MARGIN) / norms[-1])
     return total, norms
 
 

@@ -16,6 +16,7 @@ from medvae.config import ModelConfig
 from medvae.errors import ConfigError
 from medvae.nets.cvae import ConditionalVAE
 from medvae.train.gradient import (
+    ROUNDING_MARGIN,
     FunctorchSampler,
     PlainSampler,
     check_sampler,
@@ -60,7 +61,8 @@ def make_batch(lengths: list[int], dims: int, seed: int = 0) -> tuple[Batch, Ten
 
 
 def plain_loop(model: nn.Module, batch: Batch, latent: Tensor, bound: float) -> tuple[list[Tensor], list[float]]:
-    """The definition: one backward a patient, one norm over all parameters, clip, sum. In float64."""
+    """The definition: one backward a patient, one norm over all parameters, clip at the bound less
+    its margin, sum. In float64."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     norms = []
@@ -73,7 +75,7 @@ def plain_loop(model: nn.Module, batch: Batch, latent: Tensor, bound: float) -> 
         norm = math.sqrt(sum(float(g.square().sum()) for g in exact))
         norms.append(norm)
         for t, g in zip(total, exact, strict=True):
-            t += g * min(1.0, bound / norm)
+            t += g * min(1.0, bound * (1 - ROUNDING_MARGIN) / norm)
     return total, norms
 
 
