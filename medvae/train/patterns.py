@@ -30,7 +30,7 @@ from medvae.dp.onerun import Floats
 from medvae.dp.walks import COARSE_TOLERANCE, TOLERANCE, WalkWatch
 from medvae.errors import RunError
 from medvae.train import noisy_sums
-from medvae.train.gradient import Compute, PlainSampler
+from medvae.train.gradient import ROUNDING_MARGIN, Compute, PlainSampler
 from medvae.train.mixture import Grouped
 from medvae.train.optimizer import PatientDPOptimizer
 from medvae.train.randomness import Randomness
@@ -216,7 +216,7 @@ class StepWalks:
             places = np.flatnonzero(self.patterns.patient[rows] == patient)[mine]
             gradient, _ = self._reference.clipped_sum(batch, latent[torch.from_numpy(places)])
             norm = float(sum(float(g.double().square().sum()) for g in gradient)) ** 0.5
-            factor = min(1.0, self._clip / max(norm, 1e-30))
+            factor = min(1.0, self._clip * (1 - ROUNDING_MARGIN) / max(norm, 1e-30))
             total = [t + factor * g.double() for t, g in zip(total, gradient, strict=True)]
             lengths, clipped = lengths + factor * norm, clipped + (norm > self._clip)
         return total, max(lengths, 1e-12), clipped
