@@ -20,7 +20,7 @@ from medvae.dp.conformance import ANSWERS, Watch, answers
 from medvae.dp.tradeoff import miss_bound
 from medvae.dp.walks import WALK_ANSWERS, WalkWatch, walk_answers
 from medvae.errors import MedvaeError
-from medvae.train import loop, moments
+from medvae.train import loop, moment_shapes, moments
 from medvae.train.canary import ReleaseCanaries, StepCanaries
 from medvae.train.patterns import ReleaseWalks, StepWalks, make_patterns, walk_steps
 from medvae.train.randomness import make_randomness
@@ -31,7 +31,7 @@ EPSILON, DELTA, RATE, STEPS, SCANS = 8.0, 1e-5, 0.1, 30, 4
 PATIENTS, SIDE, LATENT, CLIP = 60, 6, 2, 0.5
 CONDITION = Condition("side", "class", ("a", "b"))
 SPACE = ImageSpace((SIDE, SIDE), (1.0, 1.0), "MR", Intensity("percentile", 1, 99), (CONDITION,))
-SHAPES = moments.MomentShapes(basis=(3, 3), coarse=(2, 2), latent_dim=2, spectrum_weight=0.5)
+SHAPES = moment_shapes.MomentShapes(basis=(3, 3), coarse=(2, 2), latent_dim=2, spectrum_weight=0.5)
 
 
 class Net(nn.Module):
@@ -92,8 +92,8 @@ def claim(rate: float = RATE, steps: int = STEPS) -> Mechanism:
 @cache
 def release_claim() -> tuple[Mechanism, ...]:
     """The five releases of the closed form with all of epsilon between them."""
-    noise = calibrate_noise(lambda z: [Mechanism(n, z) for n in moments.RELEASES], EPSILON, DELTA)
-    return tuple(Mechanism(n, noise) for n in moments.RELEASES)
+    noise = calibrate_noise(lambda z: [Mechanism(n, z) for n in moment_shapes.RELEASES], EPSILON, DELTA)
+    return tuple(Mechanism(n, noise) for n in moment_shapes.RELEASES)
 
 
 def outcome(watches: Sequence[Watch], walks: Sequence[WalkWatch] = ()) -> Outcome:
