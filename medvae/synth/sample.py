@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from medvae.nets.cvae import ConditionalVAE
 
 # Draws by which it is found how steep images are, and, fewer, at which level shapes are cut.
-DRAWS = (48, 12)
+EDGE_DRAWS, LEVEL_DRAWS = 48, 12
 
 
 def spread_conditions(space: ImageSpace, count: int, seed: int) -> list[dict[str, ConditionValue]]:
@@ -116,7 +116,8 @@ def _appearance(model: ConditionalVAE) -> tuple[Texture | None, ShapeLook | None
     shapes = bool(linear.two_valued)
     if shapes and linear.mixture is not None:  # it tells how much of a shape there is; a few directions say too little
         return texture, ShapeLook(float(linear.border_width))
-    rows = [encode_conditions(space.conditions, row) for row in spread_conditions(space, DRAWS[shapes], seed=0)]
+    count = LEVEL_DRAWS if shapes else EDGE_DRAWS
+    rows = [encode_conditions(space.conditions, row) for row in spread_conditions(space, count, seed=0)]
     spread = torch.from_numpy(np.stack(rows))
     with torch.no_grad():
         draws = model.draw(spread, torch.Generator().manual_seed(0))[:, 0].numpy()

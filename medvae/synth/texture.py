@@ -6,7 +6,7 @@ everything the code does not know. Fields with the released spectrum give the re
     mask    voxel is foreground where g < Phi^-1(p), with g a unit Gaussian field: every voxel keeps its probability p,
             and neighbours agree as far as the field is smooth (a Gaussian copula)
     image   mean + regression on the drawn mask + a field with what is left of the spectrum, at edges where there are no
-            masks; where the cohort's images are shapes, black and white, their ramp is drawn so, and cut at one level
+            masks; where the cohort's images are shapes, black and white, their ramp is drawn so, and cut at a level
 
 Where the budget showed a mean alone there is no spectrum of the masks: their shape is then the mean's level set, and
 the image is made-up tissue on its mean. Spectrum and mean are differentially private outputs of the closed-form stage,
