@@ -36,6 +36,9 @@ def norms(fit: Fit) -> None:
     weights = torch.tensor(GREY_WEIGHTS if asked else (0.0, 0.0))
     rest = (1 - float(weights.square().sum())) ** 0.5
 
+    def mean_of(batch: Batch) -> Tensor:
+        return fit.part.mean_coefficients(torch.from_numpy(batch.condition))
+
     def contribution(batch: Batch) -> Tensor:
         if not asked:
             buckets: Tensor = fit.buckets(fit.residual(batch)[low], fit.edges)
@@ -43,11 +46,10 @@ def norms(fit: Fit) -> None:
         x = torch.from_numpy(batch.x)
         grey = grey_shares(fit.full.pixels(x)[:, 0])
         # The clip is for what is summed next: the norm of a scan that looks like a shape is its ramp's.
-        looks = grey[:, 0] < TWO_VALUED
-        x = x.clone()
-        x[looks] = fit.as_shapes.levels(x[looks])
-        buckets = fit.buckets(fit.residual(batch._replace(x=x.numpy()))[low], fit.edges)
-        return torch.cat([buckets * rest, grey * weights], dim=1)
+        looks = ((grey[:, 0] < TWO_VALUED) | fit.part.two_valued).view(-1, *[1] * (x.ndim - 1))
+        as_they_are, as_ramps = (fit.part.reduce(v) - mean_of(batch) for v in (x, fit.as_shapes.levels(x)))
+        residual = torch.where(looks, as_ramps, fit.weighted(as_they_are))
+        return torch.cat([fit.buckets(residual[low], fit.edges) * rest, grey * weights], dim=1)
 
     released, noise_sd = fit.release("norms", contribution), fit.noise_multipliers["norms"]
     histogram = released[: len(fit.edges) + 1] / rest
@@ -60,6 +62,8 @@ def norms(fit: Fit) -> None:
         (off, at), noise = released[-2:] / GREY_WEIGHTS / fit.count, noise_sd / np.asarray(GREY_WEIGHTS) / fit.count
         if fit.shapes.two_valued is None:
             fit.part.two_valued.fill_(SEEN * noise[0] < TWO_VALUED and off < TWO_VALUED)
+        if fit.part.two_valued:
+            fit.emphasis[0] = 1.0
         fit.part.border_width.fill_(ALL_GREY * min(at, 1.0) if at > SEEN * noise[1] else 0.0)
 
 

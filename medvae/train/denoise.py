@@ -96,6 +96,16 @@ def principal_directions(second: Array, noise_sd: float, count: int) -> Array:
     return np.asarray((vectors[:, order] * np.sqrt(kept)).T)
 
 
+def strongest(directions: Array, count: int) -> Array:
+    """Return at most `count` mutually orthogonal directions (n, C, *k) that hold most of what (N, C, *k) add up to.
+
+    Found where the noise is white, directions are neither orthogonal nor in order in the coefficients themselves.
+    """
+    _, lengths, axes = np.linalg.svd(directions.reshape(len(directions), -1), full_matrices=False)
+    kept = lengths[:count, None] * axes[:count]
+    return np.asarray(kept.reshape(-1, *directions.shape[1:]))
+
+
 def mask_contrast(total: Array, noise_sd: float) -> Array:
     """Return the slope (M,) of the image on its masks from their noisy total covariance (C, C). Post-processing.
 
@@ -114,7 +124,7 @@ def mask_contrast(total: Array, noise_sd: float) -> Array:
 def tame_spectra(spectra: Array, noise_sd: Array) -> Array:
     """Return covariances by shell that could be an image's, near the noisy (S, C, C). Post-processing.
 
-    Power falls with frequency, in each channel: isotonic regression, weighted by the known noise (S,), which pools the
+    Power falls with frequency, in each channel: isotonic regression, weighted by the known noise (S, C), which pools the
     few coefficients of low shells with their neighbours. Cross terms are kept below the powers, and the whole is made
     positive semi-definite.
     """
@@ -124,8 +134,8 @@ def tame_spectra(spectra: Array, noise_sd: Array) -> Array:
     order, weight = np.arange(len(spectra)), 1 / np.maximum(noise_sd, 1e-12) ** 2
     power = np.stack(
         [
-            IsotonicRegression(y_min=0.0, increasing=False).fit_transform(order, column, sample_weight=weight)
-            for column in np.einsum("scc->cs", symmetric)
+            IsotonicRegression(y_min=0.0, increasing=False).fit_transform(order, column, sample_weight=mine)
+            for column, mine in zip(np.einsum("scc->cs", symmetric), weight.T, strict=True)
         ],
         axis=1,
     )

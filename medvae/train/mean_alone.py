@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from medvae.nets.linear import SHELLS
-from medvae.train.moment_fit import Fit
+from medvae.train.moment_fit import Fit, falling_power, shell_radius
 from medvae.train.noisy_sums import clip_rows
 
 # The grey level that a mean alone is measured from, and how far scans are taken to vary around it.
-PUBLIC_LEVEL, PUBLIC_SPREAD, PUBLIC_CORNER = 0.4, 0.5, 4.0
+PUBLIC_LEVEL, PUBLIC_SPREAD = 0.4, 0.5
 
 
 def public_level(fit: Fit) -> None:
@@ -33,8 +33,7 @@ def mean_alone(fit: Fit) -> None:
 
 def public_spread(fit: Fit) -> None:
     """Texture of the image that no scan was asked for: power that falls with the fourth power of frequency."""
-    radius = np.expm1((np.arange(SHELLS) + 0.5) / SHELLS * np.log1p(np.linalg.norm(fit.shell.shape)))
-    power = (1 + (radius / PUBLIC_CORNER) ** 2) ** -2
+    power = falling_power(shell_radius(fit.shell.shape))
     count = np.bincount(fit.shell.ravel(), minlength=SHELLS)
     power *= PUBLIC_SPREAD**2 * fit.shell.size / (power * count).sum()
     fit.part.spectrum[:, 0, 0] = torch.as_tensor(power, dtype=torch.float32)

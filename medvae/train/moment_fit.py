@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from medvae.dp.noise import NoiseSource
-from medvae.nets.linear import LinearPart, design_norm, shells
+from medvae.nets.linear import SHELLS, LinearPart, design_norm, shells
 from medvae.synth.warp import move, paired_warps
 from medvae.train import noisy_sums
 from medvae.train.denoise import shrink
@@ -28,8 +28,14 @@ Array = npt.NDArray[np.float64]
 # Weight of the image in all norms where there are masks: what a segmentation learns from is the masks. A mean alone
 # shows its masks well enough, and gets the image at full weight: docs/quality.md.
 IMAGE_WEIGHT = 0.5
+# Where images stand alone, weights of their coefficients grow with this power of frequency. Weights w_k cost noise of
+# sum(v_k w_k^2) sum(1 / w_k^2) in all coefficients together, v_k their variances: least at w_k = v_k^(-1/4), which is
+# the root of frequency where power falls as 1 / f^2. What it gains: docs/quality.md.
+EMPHASIS = 0.5
 # Size of the warps that `warped_pairs` asks for, by which hippocampi were rebuilt best: docs/family.md.
 WARP = 0.75
+# Up to which frequency the power of images is taken to be even, where no scan was asked.
+PUBLIC_CORNER = 4.0
 
 
 class Fit:
@@ -62,9 +68,10 @@ class Fit:
         # Clips: of coefficients of the basis, of all, of the coarse ones, and of those that a mixture covers.
         self.radius = self.full_radius = self.coarse_radius = self.box_radius = 0.0
         self.length = 0.0  # the typical norm, of a mean alone
-        image = IMAGE_WEIGHT if space.mask_labels and not shapes.mean_alone else 1.0
-        weights = [image, *[1.0] * (space.channels - 1)]
-        self.weights = np.asarray(weights).reshape(-1, *[1] * space.spatial_dims)
+        # Factors of coefficients in all norms, by channel and shell of frequency: (C, SHELLS).
+        self.emphasis = np.ones((space.channels, SHELLS))
+        if not shapes.mean_alone and not self.part.two_valued:
+            self.emphasis[0] = IMAGE_WEIGHT if space.mask_labels else rising_weights(self.shell)
         # Contrasts between conditions as released, the noise of a coefficient of each, and those that m(c) has.
         self.noisy_contrasts = self.contrasts = np.zeros(self.part.mean_map.shape)
         self.contrast_noise = np.zeros(len(self.contrasts))
@@ -84,7 +91,7 @@ class Fit:
         return self.as_shapes.levels(x) if self.part.two_valued else x
 
     def residual(self, batch: Batch) -> Tensor:
-        """Return the coefficients (B, C, *basis) of what the mean so far leaves over, each channel times its weight."""
+        """Return the coefficients (B, C, *basis) of what the mean so far leaves over, each times its weight."""
         mean = self.part.mean_coefficients(torch.from_numpy(batch.condition))
         return self.weighted(self.part.reduce(self.levels(batch)) - mean)
 
@@ -102,8 +109,12 @@ class Fit:
             yield batch._replace(x=self.full.from_pixels(moved).numpy())
 
     def weighted(self, coefficients: Tensor) -> Tensor:
-        """Return coefficients (B, C, *k), each channel times its weight."""
-        return coefficients * torch.as_tensor(self.weights, dtype=coefficients.dtype)
+        """Return coefficients (B, C, *k), each times its weight."""
+        return coefficients * torch.as_tensor(self.weights(coefficients.shape[2:]), dtype=coefficients.dtype)
+
+    def weights(self, shape: Sequence[int]) -> Array:
+        """Return the factors (C, *k) of the lowest coefficients in all norms."""
+        return self.emphasis[:, self.shell[tuple(slice(k) for k in shape)]]
 
     def buckets(self, vectors: Tensor, edges: Array = RMS_EDGES) -> Tensor:
         """Return one-hot buckets (B, bins) of the norms of vectors (B, ...)."""
@@ -122,15 +133,15 @@ class Fit:
     def set_overall(self, residual: Array, noise_sd: float) -> None:
         """Put the noisy mean residual (C, *basis) on top of m(c): shrunk, masks as occupancies. noise_sd: known."""
         shell = self.shell[tuple(slice(k) for k in self.shapes.basis)]
-        change = shrink(residual[None], np.asarray([noise_sd]), shell)[0] / self.weights
+        change = shrink(residual[None], np.asarray([noise_sd]), shell)[0] / self.weights(self.shapes.basis)
         if self.space.mask_labels:
             before = self.overall()[1:]
             change[1:] = smooth_occupancy(before + residual[1:], noise_sd, self.space.spatial_shape) - before
         self.add_overall(change)
 
     def set_contrasts(self, contrasts: Array) -> None:
-        """Put contrasts (H, C, *basis), each channel times its weight, in place of those that m(c) has so far."""
-        self.part.mean_map += torch.as_tensor((contrasts - self.contrasts) / self.weights, dtype=torch.float32)
+        """Put contrasts (H, C, *basis), each coefficient times its weight, in place of those that m(c) has so far."""
+        self.part.mean_map += torch.as_tensor((contrasts - self.contrasts) / self.weights(self.shapes.basis), dtype=torch.float32)
         self.contrasts = contrasts
 
     def add_overall(self, coefficients: Array) -> None:
@@ -146,3 +157,22 @@ class Fit:
             if c.kind == "class":
                 self.part.mean_map[(slice(start, start + c.width), slice(None), *low)] += constant / len(classes)
             start += c.width
+
+
+def rising_weights(shell: npt.NDArray[np.int64]) -> Array:
+    """Return a weight a shell (SHELLS,), rising with frequency, that leaves the norm of images about as it is."""
+    radius = shell_radius(shell.shape)
+    count = np.bincount(shell.ravel(), minlength=SHELLS)
+    factor = (1 + radius**2) ** (EMPHASIS / 2)
+    power = count * falling_power(radius)
+    return np.asarray(factor * np.sqrt(power.sum() / (power * factor**2).sum()))
+
+
+def shell_radius(spatial_shape: Sequence[int]) -> Array:
+    """Return the frequency (SHELLS,) in the middle of each shell, in half-cycles a field of view."""
+    return np.asarray(np.expm1((np.arange(SHELLS) + 0.5) / SHELLS * np.log1p(np.linalg.norm(spatial_shape))))
+
+
+def falling_power(radius: Array) -> Array:
+    """Return the power of a coefficient as it is taken to fall with frequency where no scan was asked."""
+    return np.asarray((1 + (radius / PUBLIC_CORNER) ** 2) ** -2)

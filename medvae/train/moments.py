@@ -19,7 +19,6 @@ coarser histogram, and an overall mean around a public level; spread and texture
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor
 from medvae.dp.noise import NoiseSource
 from medvae.nets.linear import SHELLS, LinearPart, design, design_width
 from medvae.train.clips import norms, residual_norms
-from medvae.train.denoise import contrast_operator, mask_contrast, principal_directions, shrink, tame_spectra
+from medvae.train.denoise import contrast_operator, mask_contrast, principal_directions, shrink, strongest, tame_spectra
 from medvae.train.mean_alone import mean_alone, public_level, public_spread
 from medvae.train.mixture import Grouped, box_of, fit_mixture
 from medvae.train.moment_fit import Fit
@@ -85,7 +84,8 @@ def _centre(fit: Fit) -> None:
     released = fit.release("centre", lambda b: clip_rows(fit.residual(b)[fit.coarse].flatten(1), fit.radius))
     scale = fit.radius / fit.count
     noise_sd = np.asarray([fit.noise_multipliers["centre"] * scale])
-    fit.add_overall(shrink(released.reshape(shape) * scale, noise_sd, fit.shell[fit.coarse[2:]])[0] / fit.weights)
+    change = shrink(released.reshape(shape) * scale, noise_sd, fit.shell[fit.coarse[2:]])[0]
+    fit.add_overall(change / fit.weights(fit.shapes.coarse))
 
 
 def _means(fit: Fit) -> None:
@@ -148,21 +148,24 @@ def _second(fit: Fit) -> None:
     covariance[upper[0].numpy(), upper[1].numpy()] = products * scale / root.numpy()
     covariance += np.triu(covariance, 1).T
     noise_sd = fit.noise_multipliers["second"] * scale / 2**0.5
-    directions = fit.subspace.spread(principal_directions(covariance, noise_sd, fit.shapes.latent_dim))
-    part.directions[: len(directions)] = torch.as_tensor(directions / fit.weights, dtype=torch.float32)
+    found = fit.subspace.spread(principal_directions(covariance, noise_sd, size))
+    kept = strongest(found / fit.weights(fit.shapes.basis), fit.shapes.latent_dim)
+    part.directions[: len(kept)] = torch.as_tensor(kept, dtype=torch.float32)
     scale_full = fit.full_radius**2 / spectrum_weight / fit.count
     energy = spectra.reshape(SHELLS, channels, channels) * scale_full
     noise_sd = fit.noise_multipliers["second"] * scale_full
-    per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)
-    spectrum = tame_spectra(energy / per_band[:, None, None], noise_sd / per_band)
-    power = np.einsum("scc->cs", spectrum)
+    by_shell = fit.emphasis.T
+    per_band = np.maximum(np.bincount(fit.shell.ravel(), minlength=SHELLS), 1)[:, None]
+    per_pair = per_band[:, None] * by_shell[:, :, None] * by_shell[:, None, :]
+    spectrum = tame_spectra(energy / per_pair, noise_sd / per_band / by_shell**2)
+    power = np.einsum("scc->cs", spectrum) * fit.emphasis**2
     if power.any():  # now that it shows where scans vary, the contrasts are shrunk anew
         longest = 1.0 if fit.space.mask_labels else LENGTHEN
+        directions = found[: fit.shapes.latent_dim]
         revised = fit.subspace.shrink(fit.noisy_contrasts, fit.contrast_noise, directions, power, longest)
         fit.set_contrasts(revised)
-    weights = fit.weights.ravel()
-    part.spectrum.copy_(torch.as_tensor(spectrum / np.outer(weights, weights), dtype=torch.float32))
-    contrast = mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5) / weights[0]
+    part.spectrum.copy_(torch.as_tensor(spectrum, dtype=torch.float32))
+    contrast = mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5) / fit.emphasis[0].mean()
     part.contrast.copy_(torch.as_tensor(contrast, dtype=torch.float32))
 
 
@@ -180,7 +183,6 @@ def _mixture(fit: Fit) -> None:
         return fit.release(name, contribution).reshape(groups, -1)
 
     fit_mixture(mixture, residuals, fit.box_radius, release, fit.noise_multipliers, fit.shapes.lloyd_steps)
-    per_channel = torch.as_tensor(fit.weights.ravel(), dtype=torch.float32)
-    per_coefficient = per_channel.repeat_interleave(math.prod(mixture.shapes.box))
+    per_coefficient = torch.as_tensor(fit.weights(mixture.shapes.box).ravel(), dtype=torch.float32)
     mixture.means.div_(per_coefficient)
     mixture.factors.div_(per_coefficient)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.fft import dctn, idctn
 
 from medvae.dp.noise import seeded_noise
 from medvae.nets.linear import LinearPart, shells
 from medvae.nets.mixture import MixtureShapes
 from medvae.nets.shape import ramp
 from medvae.synth.phantom import make_phantom
-from medvae.train import denoise, noisy_sums
+from medvae.train import denoise, moment_fit, noisy_sums
 from medvae.train.moment_shapes import RELEASES, MomentShapes
 from medvae.train.moments import fit_moments
 from medvae.train.noisy_sums import Pass, clip_rows, noisy_sum, patient_average
@@ -221,7 +222,7 @@ def test_contrast_is_kept_above_the_noise_and_dropped_below_it():
 def test_tamed_spectra_fall_with_frequency_and_are_covariances():
     rng = np.random.default_rng(0)
     noisy = np.stack([np.diag([s, s / 2]) for s in np.linspace(10, -1, 12)]) + rng.standard_normal((12, 2, 2))
-    tamed = denoise.tame_spectra(noisy, np.linspace(2, 0.1, 12))
+    tamed = denoise.tame_spectra(noisy, np.linspace(2, 0.1, 12)[:, None].repeat(2, 1))
     assert np.linalg.eigvalsh(tamed).min() > -1e-9
     power = np.einsum("scc->sc", tamed)
     assert (np.diff(power, axis=0) <= 1e-6 + 0.05 * power[:-1]).all()
@@ -441,8 +442,51 @@ def test_a_contrast_is_sought_where_scans_vary(monkeypatch):
 
     for index, step in enumerate((LowestCosines.shrink, band_by_band)):
         monkeypatch.setattr(LowestCosines, "shrink", step)
-        for seed in range(4):
+        for seed in range(8):
             part = fit_moments(source, np.arange(600), noise, SHAPES, noise=seeded_noise(seed))
             ends = part.expand(part.mean_coefficients(torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])))
             errors[index] += float((ends[0, 0] - ends[1, 0] - torch.from_numpy(0.1 * factor)).square().mean())
     assert errors[0] < 0.7 * errors[1]
+
+
+def natural_images(count: int, shape: tuple[int, int] = (24, 20)) -> Source:
+    """Images whose power falls as 1 / f^2, without conditions or masks."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    amplitude = 1 / np.sqrt(1 + rows**2 + columns**2)
+    white = np.random.default_rng(5).standard_normal((count, *shape)) * amplitude
+    images = 0.5 + idctn(white, axes=(1, 2), norm="ortho")
+    space = replace(SPACE, spatial_shape=shape, conditions=(), mask_labels=())
+    x = images[:, None].astype(np.float32)
+    return Source(x, np.zeros((count, 0), np.float32), np.arange(count), space)
+
+
+def test_weights_rise_with_frequency_and_leave_the_norm_of_images_about_as_it_is():
+    """So clips and the edges of histograms mean what they did."""
+    weights = moment_fit.rising_weights(shells((24, 20)))
+    assert (np.diff(weights) > 0).all()
+    power = moment_fit.falling_power(np.hypot(*np.mgrid[:24, :20]))
+    assert (np.square(weights[shells((24, 20))]) * power).sum() == pytest.approx(power.sum(), rel=0.1)
+
+
+def test_weights_that_rise_with_frequency_spare_noise_in_the_mean(monkeypatch):
+    """The mean of natural images at the same noise, against no weights at all."""
+    source, shapes = natural_images(400), MomentShapes((11, 9), (9, 9), 12, 0.4)
+    noise, errors = dict.fromkeys(shapes.releases, 3.0), np.zeros(2)
+    for index, exponent in enumerate((0.0, moment_fit.EMPHASIS)):
+        monkeypatch.setattr(moment_fit, "EMPHASIS", exponent)
+        for seed in range(8):
+            part = fit_moments(source, np.arange(400), noise, shapes, noise=seeded_noise(seed))
+            mean = part.expand(part.mean_coefficients(torch.zeros(1, 0)))[0, 0].numpy()
+            errors[index] += np.square(mean - source.x[:, 0].mean(0)).sum()
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_without_noise_directions_are_the_principal_ones_whatever_the_weights():
+    """Chosen where the noise is white, they are put in order where images are compared."""
+    source, shapes = natural_images(400), MomentShapes((9, 9), (9, 9), 6, 0.4)
+    part = fit_moments(source, np.arange(400), dict.fromkeys(shapes.releases, 0.0), shapes, noise=seeded_noise(0))
+    low = part.reduce(torch.from_numpy(source.x)).flatten(1).double().numpy()
+    # The clip that a fifth of the scans exceed shortens those; their directions stay.
+    _, _, axes = np.linalg.svd(low - low.mean(0), full_matrices=False)
+    found = np.linalg.svd(part.directions.flatten(1).double().numpy(), full_matrices=False)[2]
+    assert np.linalg.svd(found @ axes[:6].T, compute_uv=False).min() > 0.9
