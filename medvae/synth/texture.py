@@ -40,9 +40,9 @@ SURE = 0.995
 SMOOTH = 0.1
 # Between which levels that of shapes is sought, and in how many steps.
 LEVELS, HALVINGS = (0.15, 0.8), 7
-# Share of the leftover amplitude that is drawn, where it lies everywhere and where it lies at edges: the rest of it is
-# edges that moved, which a field would draw as grain.
-FINE, FINE_AT_EDGES = 0.5, 0.8
+# Share of the leftover amplitude that is drawn where it lies everywhere: the rest of it is edges that moved, which such a
+# field would draw as grain. At edges, all of it is.
+FINE = 0.5
 # Made-up tissue: how many kinds, how they differ from each other in grey level and within themselves, and the scale of
 # their borders in half-cycles a field of view.
 KINDS, BETWEEN, WITHIN, BORDERS = 6, 0.25, 0.06, 8.0
@@ -208,7 +208,7 @@ def _with_field(mean: Array, texture: Texture | None, rng: np.random.Generator) 
         return mean
     field = _field(texture.image, texture, rng)
     if texture.steepness > 0:
-        return np.asarray(mean + FINE_AT_EDGES * field * _edges(mean) / texture.steepness, dtype=np.float32)
+        return np.asarray(mean + field * _edges(mean) / texture.steepness, dtype=np.float32)
     room = _room(mean)
     return np.asarray(mean + FINE * field * np.sqrt(room / max(float(room.mean()), 1e-6)), dtype=np.float32)
 

@@ -17,8 +17,8 @@ import torch
 
 from leaderboard.alike import fidelity, inception_fid
 from leaderboard.judges import judge
-from leaderboard.methods import CHANGED_BY_RECIPE, METHODS, WITHOUT_EPSILON, Task
-from leaderboard.rows import Row, open_row, real_scans, row_of
+from leaderboard.methods import AT_JUDGES_SIZE, CHANGED_BY_RECIPE, METHODS, WITHOUT_EPSILON, Task
+from leaderboard.rows import Row, at_judges_size, open_row, real_scans, row_of
 
 SCHEMA = "medvae.quality/1"
 
@@ -86,8 +86,11 @@ def run_cell(cell: Cell, settings: Settings) -> dict[str, Any]:
     """Make, judge and compare; return the cell's JSON and write it, whole or not at all."""
     row = cell.row
     folder, store = open_row(row, settings.data, settings.out, cell.seed)
+    seen = store
+    if cell.method in AT_JUDGES_SIZE:
+        folder, seen = open_row(at_judges_size(row, store), settings.data, settings.out, cell.seed)
     task = Task(
-        row, folder, store, cell.epsilon or math.inf, cell.seed, settings.recipe, settings.threads, settings.seeded
+        row, folder, seen, cell.epsilon or math.inf, cell.seed, settings.recipe, settings.threads, settings.seeded
     )
     begun = time.time()
     made = METHODS[cell.method](task)

@@ -30,7 +30,8 @@ docs/leaderboard.md`; nothing in it is edited by hand.
   equal composition by class. Inception FID is `not run` where its weights were not given.
 - Core-hours are processor time of one seed, training and generating, without the judges.
 - Rivals run at bounded cost: DP-MERF for 800 steps, plain DP-CVAE for the rule's steps (200 in 2D, 120 in 3D), which
-  are few for a network that starts from nothing. Its rows say what that buys and not what the method can reach.
+  are few for a network that starts from nothing. Its rows say what that buys and not what the method can reach. They,
+  and noisy class means, learn from scans at the judges' resolution, which on AdrenalMNIST3D is half of the product's.
 """
 NAMES = {
     "product": "product",

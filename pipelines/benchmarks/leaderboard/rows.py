@@ -7,8 +7,9 @@ split where the data have one, else a fold of the persons. They are used once, f
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,16 @@ def open_row(row: Row, data: Path, work: Path, seed: int) -> tuple[Path, CohortS
             source = _from_idx(source, work / "sources" / f"{row.name}.npz")
         ingest(source, folder, build(IngestConfig, **row.ingest, split_seed=fold))
     return folder, open_cohort(folder).reveal()
+
+
+def at_judges_size(row: Row, store: CohortStore) -> Row:
+    """Return the row with its scans ingested as judges see them; the row itself where they see them whole."""
+    whole = store.space.spatial_shape
+    factor = math.ceil(max(whole) / row.longest)
+    if factor == 1:
+        return row
+    shape = tuple(max(1, n // factor) for n in whole)
+    return replace(row, name=f"{row.name}-{max(shape)}", ingest={**row.ingest, "shape": shape})
 
 
 def _from_idx(source: Path, npz: Path) -> Path:
