@@ -40,8 +40,8 @@ SURE = 0.995
 SMOOTH = 0.1
 # Between which levels that of shapes is sought, and in how many steps.
 LEVELS, HALVINGS = (0.15, 0.8), 7
-# Share of the leftover amplitude that is drawn where it lies everywhere: the rest of it is edges that moved, which such a
-# field would draw as grain. At edges, all of it is.
+# Share of the leftover amplitude that is drawn where it lies everywhere: the rest of it is edges that moved, which such
+# a field would draw as grain. At edges, all of it is.
 FINE = 0.5
 # Made-up tissue: how many kinds, how they differ from each other in grey level and within themselves, and the scale of
 # their borders in half-cycles a field of view.

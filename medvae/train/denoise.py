@@ -124,9 +124,9 @@ def mask_contrast(total: Array, noise_sd: float) -> Array:
 def tame_spectra(spectra: Array, noise_sd: Array) -> Array:
     """Return covariances by shell that could be an image's, near the noisy (S, C, C). Post-processing.
 
-    Power falls with frequency, in each channel: isotonic regression, weighted by the known noise (S, C), which pools the
-    few coefficients of low shells with their neighbours. Cross terms are kept below the powers, and the whole is made
-    positive semi-definite.
+    Power falls with frequency, in each channel: isotonic regression, weighted by the known noise (S, C), which pools
+    the few coefficients of low shells with their neighbours. Cross terms are kept below the powers, and the whole is
+    made positive semi-definite.
     """
     from sklearn.isotonic import IsotonicRegression
 

@@ -141,7 +141,9 @@ class Fit:
 
     def set_contrasts(self, contrasts: Array) -> None:
         """Put contrasts (H, C, *basis), each coefficient times its weight, in place of those that m(c) has so far."""
-        self.part.mean_map += torch.as_tensor((contrasts - self.contrasts) / self.weights(self.shapes.basis), dtype=torch.float32)
+        self.part.mean_map += torch.as_tensor(
+            (contrasts - self.contrasts) / self.weights(self.shapes.basis), dtype=torch.float32
+        )
         self.contrasts = contrasts
 
     def add_overall(self, coefficients: Array) -> None:

@@ -165,6 +165,7 @@ def _second(fit: Fit) -> None:
         revised = fit.subspace.shrink(fit.noisy_contrasts, fit.contrast_noise, directions, power, longest)
         fit.set_contrasts(revised)
     part.spectrum.copy_(torch.as_tensor(spectrum, dtype=torch.float32))
+    # Beside masks an image has one weight for all frequencies; alone, it has no contrast.
     contrast = mask_contrast(energy.sum(0), noise_sd * (SHELLS / 2) ** 0.5) / fit.emphasis[0].mean()
     part.contrast.copy_(torch.as_tensor(contrast, dtype=torch.float32))
 

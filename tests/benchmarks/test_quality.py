@@ -17,7 +17,7 @@ from leaderboard import cells, coarse, merf, render
 from leaderboard.alike import fidelity, matched
 from leaderboard.judges import balanced_order, judge
 from leaderboard.methods import Task, class_means
-from leaderboard.rows import Row, labels_of, open_row, real_scans, row_of
+from leaderboard.rows import Row, at_judges_size, labels_of, open_row, real_scans, row_of
 
 from medvae.types import Condition, ImageSpace, Intensity
 from medvae.vault.store import SCHEMA, CohortStore, CohortWriter, open_cohort
@@ -94,6 +94,19 @@ def test_what_a_baseline_says_it_spent_is_what_was_asked(world: tuple[Row, Path]
         for m in (made, strict)
     ]
     assert wrong[0] < 0.1 < wrong[1]  # at a hundredth of the budget nothing of the means is left
+
+
+def test_a_method_at_the_judges_size_sees_the_same_patients_and_what_judges_see(world: tuple[Row, Path]) -> None:
+    row, out = world
+    _, whole = open_row(row, Path("."), out, 0)
+    assert at_judges_size(row, whole) is row
+    small = dataclasses.replace(row, longest=8)
+    _, store = open_row(at_judges_size(small, whole), Path("."), out, 0)
+    assert store.space.spatial_shape == (8, 8)
+    for split in ("train", "holdout"):
+        mine, theirs = real_scans(store, split, 64), real_scans(whole, split, 8)
+        np.testing.assert_array_equal(mine.patient, theirs.patient)
+        np.testing.assert_allclose(mine.images, theirs.images, atol=2e-3)
 
 
 def test_a_judge_learns_real_labels_and_not_shuffled_ones(world: tuple[Row, Path]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.fft import dctn, idctn
+from scipy.fft import idctn
 
 from medvae.dp.noise import seeded_noise
 from medvae.nets.linear import LinearPart, shells
