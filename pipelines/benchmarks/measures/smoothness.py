@@ -13,7 +13,7 @@ from torch import Tensor
 
 from measures.cells import Case, Measure, Work
 from measures.data import Images, cohort, mnist_part, split
-from measures.reconstruction import recipe
+from measures.reconstruction import PIXELS, recipe
 from measures.training import fit, network
 from medvae.audit.embedding import embed
 from medvae.nets.cvae import ConditionalVAE
@@ -36,7 +36,8 @@ def run(case: Case, seed: int, work: Work) -> dict[str, float]:
     if case["codes of"] == "PCA":
         decode = _pca(split(store, "train").x[:, 0], seed)
     else:
-        pipelines = {"closed form": {"model": {"latent_dim": CODES}}, "VAE": recipe("MNIST", CODES)}
+        closed_form = {"model": {"latent_dim": CODES}, "moments": PIXELS}
+        pipelines = {"closed form": closed_form, "VAE": recipe("MNIST", CODES)}
         pipeline = pipelines.get(case["codes of"]) or network(case["epsilon"], {}, TRAIN)
         decode = _prior(fit(folder, pipeline, case["epsilon"], seed).model)
     return lengths(*torch.randn(2, PATHS, CODES, generator=generator), decode)
