@@ -36,14 +36,14 @@ from medvae.train.moment_fit import Fit
 from medvae.train.moment_shapes import MomentShapes
 from medvae.train.noisy_sums import Canaries, Pass, ScanSource, clip_rows
 from medvae.train.subspace import window
-from medvae.types import Batch, Progress
+from medvae.types import Batch, ImageSpace, Progress
 
 Array = npt.NDArray[np.float64]
 
 # Images alone are told apart by class, and classes that differ too little cannot be: contrasts get their likely length
 # back, up to this factor. Masks beside them are learned from m(c) itself, where every error counts.
 LENGTHEN = 2.0
-# How a release splits its unit of sensitivity between its parts (squares add to 1).
+# How the release of the means splits its unit of sensitivity (squares add to 1): counts, and contrasts of two classes.
 COUNT_WEIGHT = 0.3
 CONTRAST_WEIGHT = 0.5
 
@@ -93,21 +93,21 @@ def _means(fit: Fit) -> None:
     conditions, channels = fit.space.conditions, fit.space.channels
     width, shape = design_width(conditions), (channels, *fit.shapes.basis)
     features = int(np.prod(shape))
-    overall_weight = (1 - COUNT_WEIGHT**2 - CONTRAST_WEIGHT**2) ** 0.5
+    overall_weight, contrast_weight = mean_weights(fit.space, fit.shapes)
 
     def contribution(batch: Batch) -> Tensor:
         h = design(torch.from_numpy(batch.condition), conditions)
         phi = clip_rows(fit.residual(batch).flatten(1), fit.radius)
         by_condition = torch.einsum("bh,bd->bhd", h, phi).flatten(1)
         gram = torch.einsum("bh,bg->bhg", h, h).flatten(1)
-        return torch.cat([phi * overall_weight, by_condition * CONTRAST_WEIGHT, gram * COUNT_WEIGHT], dim=1)
+        return torch.cat([phi * overall_weight, by_condition * contrast_weight, gram * COUNT_WEIGHT], dim=1)
 
     released = fit.release("means", contribution)
     sigma, shell = fit.noise_multipliers["means"], fit.shell[tuple(slice(k) for k in fit.shapes.basis)]
     overall, by_condition, gram = np.split(released, [features, features * (1 + width)])
     gram_noise = sigma / COUNT_WEIGHT
     operator = contrast_operator(gram.reshape(width, width) / COUNT_WEIGHT, gram_noise, conditions)
-    scale = fit.radius / CONTRAST_WEIGHT
+    scale = fit.radius / contrast_weight
     fit.noisy_contrasts = np.tensordot(operator, by_condition.reshape(width, *shape) * scale, axes=1)
     fit.contrast_noise = sigma * scale * np.linalg.norm(operator, axis=1)
     scale = fit.radius / overall_weight / fit.count
@@ -116,6 +116,19 @@ def _means(fit: Fit) -> None:
         fit.subspace = window(fit.overall()[0], fit.space.spatial_shape, fit.shapes.functions, shell)
         fit.coarse_radius = fit.radius
     fit.set_contrasts(shrink(fit.noisy_contrasts, fit.contrast_noise, shell))
+
+
+def mean_weights(space: ImageSpace, shapes: MomentShapes) -> tuple[float, float]:
+    """Return the weights of the overall mean and of contrasts in the release of the means.
+
+    Many classes have few patients each: the noise of a class mean grows with their number, and the overall mean does
+    not, so in images alone it gets the less the more there are. Masks are learned from the overall mean, and a mixture
+    releases the means of its components anew.
+    """
+    overall = 1 - COUNT_WEIGHT**2 - CONTRAST_WEIGHT**2
+    if not space.mask_labels and shapes.mixture is None:
+        overall *= 2 / max([2, *(c.width for c in space.conditions if c.kind == "class")])
+    return overall**0.5, (1 - COUNT_WEIGHT**2 - overall) ** 0.5
 
 
 def _second(fit: Fit) -> None:

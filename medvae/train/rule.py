@@ -36,6 +36,8 @@ MIXTURE_SHARES = {"norms": 0.02, "centre": 0.03, "residual_norms": 0.02, "means"
 CLUSTER_SHARE = 0.12
 # Eigenvalues of a component's covariance are seen down to this share of the squared clip: finer, and noise shows.
 MIXTURE_EDGE = 0.016
+# On smaller grids nothing is far from a border, and images are not asked whether they are shapes.
+SHAPES_SIDE = 16
 # Cosines an axis of a mixture, at least (fewer say less than what all classes share does); coefficients and components
 # a cell, at most.
 MIXTURE_SIDE, MIXTURE_MOST, COMPONENTS_MOST = 6, 144, 10
@@ -58,8 +60,8 @@ def _model(config: ModelConfig, patients: int, space: ImageSpace) -> ModelConfig
 
 
 def _basis(config: MomentsConfig, space: ImageSpace) -> tuple[int, ...]:
-    fraction, most = (0.45, 32) if space.spatial_dims == 2 else (0.22, 12)
-    return config.basis_shape or tuple(min(n, most, max(2, math.ceil(n * fraction))) for n in space.spatial_shape)
+    fraction, least, most = (0.45, 12, 32) if space.spatial_dims == 2 else (0.22, 2, 12)
+    return config.basis_shape or tuple(min(n, most, max(least, math.ceil(n * fraction))) for n in space.spatial_shape)
 
 
 def _moments(
@@ -93,6 +95,7 @@ def _moments(
             "functions": config.functions or round(size),
             "spectrum_weight": weight,
             "public_clips": clips,
+            "two_valued": config.two_valued if min(space.spatial_shape) >= SHAPES_SIDE else bool(config.two_valued),
             "mean_alone": alone,
         }
     )

@@ -16,7 +16,7 @@ from medvae.nets.linear import LinearPart, shells
 from medvae.nets.mixture import MixtureShapes
 from medvae.nets.shape import ramp
 from medvae.synth.phantom import make_phantom
-from medvae.train import denoise, moment_fit, noisy_sums
+from medvae.train import denoise, moment_fit, moments, noisy_sums
 from medvae.train.moment_shapes import RELEASES, MomentShapes
 from medvae.train.moments import fit_moments
 from medvae.train.noisy_sums import Pass, clip_rows, noisy_sum, patient_average
@@ -490,3 +490,14 @@ def test_without_noise_directions_are_the_principal_ones_whatever_the_weights():
     _, _, axes = np.linalg.svd(low - low.mean(0), full_matrices=False)
     found = np.linalg.svd(part.directions.flatten(1).double().numpy(), full_matrices=False)[2]
     assert np.linalg.svd(found @ axes[:6].T, compute_uv=False).min() > 0.9
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(0, 0.5), (2, 0.5), (10, 0.882)])
+def test_contrasts_of_many_classes_get_more_of_the_release(classes, expected):
+    kinds = (Condition("kind", "class", tuple("abcdefghij"[:classes])),) if classes else ()
+    space = replace(SPACE, conditions=kinds, mask_labels=())
+    overall, contrast = moments.mean_weights(space, SHAPES)
+    assert overall**2 + contrast**2 + moments.COUNT_WEIGHT**2 == pytest.approx(1)
+    assert contrast == pytest.approx(expected, abs=1e-3)
+    for kept in (moments.mean_weights(replace(space, mask_labels=(1,)), SHAPES), moments.mean_weights(space, MIXED)):
+        assert kept[1] == pytest.approx(0.5)
