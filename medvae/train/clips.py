@@ -36,9 +36,6 @@ def norms(fit: Fit) -> None:
     weights = torch.tensor(GREY_WEIGHTS if asked else (0.0, 0.0))
     rest = (1 - float(weights.square().sum())) ** 0.5
 
-    def mean_of(batch: Batch) -> Tensor:
-        return fit.part.mean_coefficients(torch.from_numpy(batch.condition))
-
     def contribution(batch: Batch) -> Tensor:
         if not asked:
             buckets: Tensor = fit.buckets(fit.residual(batch)[low], fit.edges)
@@ -47,7 +44,8 @@ def norms(fit: Fit) -> None:
         grey = grey_shares(fit.full.pixels(x)[:, 0])
         # The clip is for what is summed next: the norm of a scan that looks like a shape is its ramp's.
         looks = ((grey[:, 0] < TWO_VALUED) | fit.part.two_valued).view(-1, *[1] * (x.ndim - 1))
-        as_they_are, as_ramps = (fit.part.reduce(v) - mean_of(batch) for v in (x, fit.as_shapes.levels(x)))
+        mean = fit.part.mean_coefficients(torch.from_numpy(batch.condition))
+        as_they_are, as_ramps = (fit.part.reduce(v) - mean for v in (x, fit.as_shapes.levels(x)))
         residual = torch.where(looks, as_ramps, fit.weighted(as_they_are))
         return torch.cat([fit.buckets(residual[low], fit.edges) * rest, grey * weights], dim=1)
 

@@ -1,4 +1,4 @@
-"""Small images of many classes: real digits of 8x8 pixels, on which nothing of the rule was chosen."""
+"""Small images of many classes: real digits of 8x8 pixels, by which the rule for them was chosen (docs/quality.md)."""
 
 from __future__ import annotations
 
