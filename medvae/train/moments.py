@@ -121,9 +121,9 @@ def _means(fit: Fit) -> None:
 def mean_weights(space: ImageSpace, shapes: MomentShapes) -> tuple[float, float]:
     """Return the weights of the overall mean and of contrasts in the release of the means.
 
-    Many classes have few patients each: the noise of a class's mean grows with their number and that of the overall mean
-    does not, so for images alone the overall mean gets less the more classes there are. Masks are learned from the
-    overall mean, and a mixture releases the means of its components anew.
+    Many classes have few patients each: the noise of a class's mean grows with their number and that of the overall
+    mean does not, so for images alone the overall mean gets less the more classes there are. Masks are learned from
+    the overall mean, and a mixture releases the means of its components anew.
     """
     overall = 1 - COUNT_WEIGHT**2 - CONTRAST_WEIGHT**2
     if not space.mask_labels and shapes.mixture is None:
